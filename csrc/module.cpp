@@ -1,0 +1,13 @@
+// dpo_fast._C: CPU and CUDA code behind pybind11. No libtorch: callers pass pointers, sizes and a stream.
+#include <pybind11/pybind11.h>
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled parts of dpo_fast. Private: the checked entry points are in dpo_fast.functional.";
+#ifdef DPO_FAST_WITH_CUDA
+  m.attr("with_cuda") = true;
+#else
+  m.attr("with_cuda") = false;
+#endif
+}

@@ -1,0 +1,1 @@
+"""Preference rows to batches: formats, tokenisation, preparation, collation and loading."""

@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all that a fresh machine needs: both create .venv and install what they use.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+CODE := dpo_fast kernels benchmarks tests examples setup.py
+JOBS ?= 2
+
+.PHONY: demo test check check-triton36 test-gpu bench bench-gpu clean
+
+demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
+	$(BIN)/dpo-fast demo --output_dir runs/demo
+
+test: $(VENV)/.test  ## everything that needs no GPU
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+
+check: $(VENV)/.test  ## lint, format, types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment with torch
+	$(PYTHON) -m pytest -m gpu -x -q tests
+
+bench: $(VENV)/.test  ## CPU benchmarks, against the naive loop and TRL
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.ema
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: $(SOURCES) | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime
+	$(PIP) install -q -c constraints.txt -e ".[test,check]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info dpo_fast/_C.*

@@ -1,0 +1,1 @@
+"""Benchmarks against the naive path and the peers. ``python -m benchmarks.<name>``."""

@@ -1,0 +1,113 @@
+"""A forward that runs the backbone and hands hidden states and LM head to a scoring function: never logits.
+
+The scoring function runs *inside* the model's forward, so that the hooks of FSDP2 and DeepSpeed, which gather the head's
+weight around the forward, are in force, and the wrappers of DDP see the whole graph.
+
+Legend: B rows, T padded length, N scored tokens, H hidden, V vocabulary.
+"""
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from dpo_fast.batch import PLAN_KEYS, TokenPlan
+from dpo_fast.models.head import Head, base_causal_lm, head_of
+
+_ORIGINAL = "_dpo_fast_original_forward"
+# Keys of a batch that are not the model's.
+NON_MODEL_KEYS = (*PLAN_KEYS, "completion_mask", "labels", "ref_chosen_logps", "ref_rejected_logps")
+
+
+class ScoredOutput(NamedTuple):
+    """``value``: what the scoring function returned; ``aux_loss``: MoE load balancing loss (scalar) or None."""
+
+    value: Any
+    aux_loss: Tensor | None
+
+
+def install_scoring(model: nn.Module) -> None:
+    """Teach this instance ``model(..., scoring=fn)``; without ``scoring`` the forward is the original one.
+
+    Equivalent to ``fn(model.base_model(...).last_hidden_state, head_of(model))``. Idempotent. Undo it with
+    :func:`uninstall_scoring`. Works below PEFT and DDP wrappers, which pass keywords through.
+    """
+    model = base_causal_lm(model)
+    if hasattr(model, _ORIGINAL):
+        return
+    # Bound methods in the instance's dict follow a deepcopy; a closure over the original would not.
+    setattr(model, _ORIGINAL, model.forward)
+
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        scoring: Callable[[Tensor, Head], Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if scoring is None:
+            return getattr(self, _ORIGINAL)(*args, **kwargs)
+        return _run_scored(self, args, kwargs, scoring)
+
+    # `generate` validates its arguments against the forward's signature.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def uninstall_scoring(model: nn.Module) -> None:
+    """Give the instance its original forward back."""
+    model = base_causal_lm(model)
+    if hasattr(model, _ORIGINAL):
+        delattr(model, _ORIGINAL)
+        model.__dict__.pop("forward", None)
+
+
+def forward_scored(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    fn: Callable[[Tensor, Head], Any],
+    *,
+    aux_loss: bool = False,
+) -> ScoredOutput:
+    """Run ``model`` (any wrapper) on a planned batch and return ``fn(hidden [N, H], head)``.
+
+    Args:
+        model: a causal LM on which :func:`install_scoring` was called.
+        batch: model inputs and the keys of :class:`dpo_fast.batch.TokenPlan`; other keys go to the model.
+        fn: called once, inside the forward, with the hidden states that predict the N scored tokens.
+        aux_loss: ask a mixture-of-experts model for its load balancing loss.
+    """
+    plan = TokenPlan.from_batch(batch)
+    inputs = {k: v for k, v in batch.items() if k not in NON_MODEL_KEYS}
+    inputs["use_cache"] = False
+    if aux_loss:
+        inputs["output_router_logits"] = True
+
+    def scoring(hidden_states: Tensor, head: Head) -> Any:
+        # With `device_map` the backbone may end on another device than the head.
+        return fn(plan.gather(hidden_states).to(head.weight.device), head)
+
+    return model(**inputs, scoring=scoring)
+
+
+def _run_scored(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scoring: Callable[[Tensor, Head], Any]
+) -> ScoredOutput:
+    lm = base_causal_lm(model)
+    outputs = lm.base_model(*args, **kwargs)
+    value = scoring(outputs[0], head_of(lm))
+    aux = None
+    if kwargs.get("output_router_logits"):
+        aux = _load_balancing_loss(lm, outputs.router_logits, kwargs.get("attention_mask"))
+    return ScoredOutput(value, aux)
+
+
+def _load_balancing_loss(lm: nn.Module, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    """The family's own load balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6, as transformers has it)."""
+    function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+    if function is None:
+        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as function
+    config = lm.config.get_text_config()  # type: ignore[operator, union-attr]
+    return function(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)

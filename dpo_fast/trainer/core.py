@@ -1,0 +1,285 @@
+"""dpo_fast.Trainer: a transformers.Trainer whose step scores preference pairs without logits."""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dpo_fast.batch import PlannedCollator
+from dpo_fast.config import DPOConfig, refuse_removed
+from dpo_fast.data.collate import DataCollatorForPreference
+from dpo_fast.losses import build_loss
+from dpo_fast.models import check_head, install_scoring, is_peft_model
+from dpo_fast.models.scoring import NON_MODEL_KEYS
+from dpo_fast.reference import choose_reference
+from dpo_fast.trainer import setup
+from dpo_fast.trainer.checkpointing import CheckpointingMixin
+from dpo_fast.trainer.datasets import DatasetsMixin
+from dpo_fast.trainer.logs import LogsMixin
+from dpo_fast.trainer.objective import BatchCounts, Objective
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from peft import PeftConfig
+    from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+
+logger = logging.getLogger("dpo_fast")
+
+SIGNATURE_COLUMNS = (
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
+REMOVED_ARGUMENTS = {
+    "tokenizer": "processing_class=<tokenizer>",
+    "beta": "DPOConfig(beta=...)",
+    "max_length": "DPOConfig(max_length=...)",
+    "max_prompt_length": "DPOConfig(max_length=...)",
+    "loss_type": "DPOConfig(loss_type=...)",
+    "label_smoothing": "DPOConfig(label_smoothing=...)",
+    "precompute_ref_log_probs": "DPOConfig(precompute_ref_log_probs=...)",
+    "model_init_kwargs": "DPOConfig(model_init_kwargs=...)",
+    "ref_model_init_kwargs": "ref_model=<a loaded model>",
+    "model_init": "model=<a model or its name>",
+    "preprocess_logits_for_metrics": "compute_metrics, which gets the logits",
+}
+
+
+class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer):
+    """Direct Preference Optimization (arXiv 2305.18290) with the arguments of TRL's ``DPOTrainer``.
+
+    Args:
+        model: a name or folder, a ``PreTrainedModel``, or a ``PeftModel`` whose adapter goes on training.
+        ref_model: the reference, a model or its name; None: the policy as it is now (what that means: ``args.reference``).
+        args: a :class:`DPOConfig`, a ``trl.DPOConfig``, or None for the defaults.
+        data_collator: rows to ``input_ids``, ``attention_mask``, ``completion_mask`` ``[2P, T]``; None:
+            :class:`DataCollatorForPreference`.
+        train_dataset: pairs in any of TRL's text formats, or tokenised.
+        eval_dataset: the same, or a dict of them.
+        processing_class: the tokenizer; None: the one saved with the model.
+        compute_metrics: gets logits ``[2P, T, V]`` and ``input_ids``; the only place where logits exist.
+        callbacks, optimizers: as in ``transformers.Trainer``.
+        quantization_config: used when ``model`` is a name.
+        peft_config: makes the policy an adapter of ``model``.
+
+    Raises:
+        ValueError, TypeError: a wrong argument or combination, with the remedy, before any work.
+        ImportError: transformers is older than 5.17.
+    """
+
+    _tag_names = ("trl", "dpo", "dpo_fast")
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | nn.Module",
+        ref_model: "PreTrainedModel | nn.Module | str | None" = None,
+        args: DPOConfig | transformers.TrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: "Dataset | IterableDataset | None" = None,
+        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        processing_class: Any = None,
+        compute_metrics: "Callable[[EvalPrediction], dict[str, float]] | None" = None,
+        callbacks: "list[TrainerCallback] | None" = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: "PeftConfig | None" = None,
+        **removed: Any,
+    ) -> None:
+        setup.require_transformers()
+        _refuse_unknown(removed)
+        args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
+        self.check_train_dataset(train_dataset, args)
+        if ref_model is not None and ref_model is model:
+            raise ValueError(
+                "model and ref_model are the same object, so the reference would move with the policy: omit ref_model, "
+                "and a copy is kept for you."
+            )
+        self.probe_output_dir(args)
+        transformers.set_seed(args.seed)  # adapters are initialised at random
+        if isinstance(model, str):
+            model = setup.load_model(model, args, quantization_config)
+        else:
+            setup.refuse_load_arguments(args, quantization_config)
+        if isinstance(ref_model, str):
+            ref_model = setup.load_model(ref_model, args)
+        tokenizer = setup.resolve_tokenizer(processing_class, model, args)
+        adapter_is_new = peft_config is not None
+        if peft_config is not None:
+            model = setup.wrap_peft(model, peft_config, args)
+        if is_peft_model(model):
+            setup.prepare_peft(model, args)
+        setup.check_finite_weights(model, "policy")
+        self.loss = build_loss(
+            args.loss_type,
+            args.loss_weights,
+            beta=args.beta,
+            label_smoothing=args.label_smoothing,
+            f_divergence_type=args.f_divergence_type,
+            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+            discopop_tau=args.discopop_tau,
+            use_weighting=args.use_weighting,
+        )
+        self.router_aux_loss_coef = setup.moe_loss_weight(model, args)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        plan = choose_reference(
+            args,
+            model=model,
+            ref_model=ref_model,
+            adapter_is_new=adapter_is_new,
+            train_dataset=train_dataset,
+            needs_reference=self.loss.needs_reference,
+        )
+        self.configure_data(args, tokenizer)
+        train_dataset = self.prepare(train_dataset, "train")
+        eval_dataset = self.prepare_eval(eval_dataset)
+        collator = data_collator or DataCollatorForPreference(
+            pad_token_id=tokenizer.pad_token_id,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PlannedCollator(collator),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self._refuse_data_parallel()
+        # The loss below is already the mean over the global batch: the base class must not scale it again.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        if args.disable_dropout:
+            setup.disable_dropout(self.model)
+            if isinstance(ref_model, nn.Module):
+                setup.disable_dropout(ref_model)
+        install_scoring(self.model)
+        check_head(self.model)
+        self.model.add_model_tags(list(self._tag_names))
+        self.init_logs()
+        self.objective = Objective(args, self.loss, self.router_aux_loss_coef)
+        self.start_reference(plan)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: BatchCounts | None = None,
+    ) -> Any:
+        """This micro-batch's share of the mean over the global batch; see :class:`Objective`."""
+        output = self.objective(
+            model, inputs, self.reference, num_items_in_batch, token_stats=self.wants_token_stats()
+        )
+        self.record(output, inputs["attention_mask"].sum())
+        # DDP and its kin average gradients over the ranks; the share is already of the global sum.
+        loss = output.loss
+        if num_items_in_batch is not None:
+            loss = loss * self.data_parallel_size
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, with activations in host memory where ``activation_offloading`` asks for it."""
+        with self._activation_offload_context():
+            return super().training_step(*args, **kwargs)
+
+    def _activation_offload_context(self) -> contextlib.AbstractContextManager[Any]:
+        if self.args.activation_offloading and self.args.device.type == "cuda":
+            return torch.autograd.graph.save_on_cpu(pin_memory=True)
+        return contextlib.nullcontext()
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that see different pairs."""
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> BatchCounts | None:
+        """Pairs and chosen tokens of all micro-batches of a step, over the ranks; host numbers in one process."""
+        if not batch_samples:
+            return None
+        pairs = tokens = 0
+        for batch in batch_samples:
+            lens = batch["seq_lens"]
+            pairs += len(lens) // 2
+            tokens += sum(lens[: len(lens) // 2])
+        if self.accelerator.num_processes > 1:
+            both = torch.tensor([pairs, tokens], device=device)
+            pairs, tokens = (self.accelerator.reduce(both, "sum") // self.get_tp_size()).tolist()
+        return BatchCounts(pairs, tokens)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(SIGNATURE_COLUMNS)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss of a batch; with ``compute_metrics`` also its logits ``[2P, T, V]`` and ``input_ids``."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+            if prediction_loss_only:
+                return loss, None, None
+            self._warn_logits()
+            model_inputs = {k: v for k, v in inputs.items() if k not in NON_MODEL_KEYS}
+            logits = model(**model_inputs, use_cache=False).logits
+        self._eval_pairs = len(inputs["seq_lens"]) // 2
+        return loss, logits, inputs["input_ids"]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a ragged last batch keeps the rejected rows of its predictions."""
+        self.gather_function = self._gather_pairs
+        return super().evaluation_loop(*args, **kwargs)
+
+    def _gather_pairs(self, tensor: Tensor) -> Tensor:
+        # gather_for_metrics cuts the last batch to its number of pairs; predictions have two rows a pair.
+        pairs = getattr(self, "_eval_pairs", None)
+        if tensor.dim() < 2 or pairs is None or tensor.shape[0] != 2 * pairs:
+            return self.accelerator.gather_for_metrics(tensor)
+        by_pair = tensor.unflatten(0, (2, pairs)).transpose(0, 1).contiguous()
+        return self.accelerator.gather_for_metrics(by_pair).transpose(0, 1).flatten(0, 1)
+
+    def _warn_logits(self) -> None:
+        if not self._warned_logits:
+            self._warned_logits = True
+            logger.warning(
+                "compute_metrics needs logits: each evaluation batch takes one more forward, with [2P, T, V] in memory."
+            )
+
+    def _refuse_data_parallel(self) -> None:
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.args.n_gpu} GPUs, which transformers would drive with nn.DataParallel: launch "
+                "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    refuse_removed(arguments, REMOVED_ARGUMENTS, "Trainer")
+    if arguments:
+        raise TypeError(f"Trainer got unexpected arguments: {', '.join(sorted(arguments))}.")
+
+
+def _short_name(model: Any) -> str:
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+    return name.rstrip("/").split("/")[-1] or "model"

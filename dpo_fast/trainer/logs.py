@@ -1,0 +1,83 @@
+"""The trainer's metrics and its log lines: TRL's keys, perf/*, one host sync a log step."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from dpo_fast.metrics import MetricBuffer, micro_batch_sums
+from dpo_fast.perf import PerfMeter
+from dpo_fast.trainer.objective import ObjectiveOutput
+
+
+class LogsMixin:
+    """Part of :class:`dpo_fast.Trainer`: collects metrics without syncs and logs them."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    state: Any
+
+    def init_logs(self) -> None:
+        """Called once, when the accelerator exists."""
+        single = self.accelerator.num_processes == 1
+        self._metrics = MetricBuffer(None if single else self._sum_over_ranks)
+        self._perf = PerfMeter(self.model)
+
+    def _sum_over_ranks(self, table: Tensor) -> Tensor:
+        return self.accelerator.reduce(table, reduction="sum")
+
+    def wants_token_stats(self) -> bool:
+        """Whether this micro-batch's step ends with a log line (or every step shall have the statistics)."""
+        mode = self.args.token_stats
+        if mode != "log_steps" or not self.model.training:
+            return mode != "never"
+        return is_log_step(self.args, self.state, self.state.global_step + 1)
+
+    def record(self, output: ObjectiveOutput, num_tokens: Tensor) -> None:
+        """Keep one micro-batch's sums on the device."""
+        mode = "train" if self.model.training else "eval"
+        sums = micro_batch_sums(output.fused, output.plan.seq_lens, num_tokens, output.aux_loss)
+        self._metrics.add(mode, sums, has_aux=output.aux_loss is not None)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log, with TRL's names, and hand over to transformers.
+
+        Raises:
+            FloatingPointError: a training loss since the last log was NaN or infinite (``logging_nan_inf_filter=True``
+                lets the run go on).
+        """
+        mode = "train" if self.model.training else "eval"
+        popped = self._metrics.pop(mode)
+        if popped is not None:
+            metrics, counts = popped
+            if mode == "train":
+                metrics |= self._perf.lap(counts)
+            prefix = "eval_" if mode == "eval" else ""
+            logs.update({prefix + key: value for key, value in metrics.items()})
+        super().log(logs, start_time)  # type: ignore[misc]
+        if popped is not None and mode == "train" and popped[1].nonfinite:
+            self._refuse_nonfinite(popped[1].nonfinite)
+
+    def _refuse_nonfinite(self, count: int) -> None:
+        if self.args.logging_nan_inf_filter or self.args.fp16:
+            return  # fp16's loss scaler skips such steps by itself
+        raise FloatingPointError(
+            f"The loss of {count} micro-batch(es) since the last log (before step {self.state.global_step}) was NaN or "
+            "infinite. Lower the learning rate or max_grad_norm, look for broken rows with `dpo-fast inspect-data`, or "
+            "train in fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True goes on regardless."
+        )
+
+
+def is_log_step(args: TrainingArguments, state: Any, step: int) -> bool:
+    """Whether transformers' default flow logs after optimizer step ``step`` (1-based).
+
+    With an epoch strategy the last step of an epoch is not known here: every step counts.
+    """
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.STEPS:
+        return step % max(int(state.logging_steps or 1), 1) == 0
+    return args.logging_strategy == IntervalStrategy.EPOCH
+

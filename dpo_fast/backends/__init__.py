@@ -1,0 +1,23 @@
+"""Backends of the LM head: the interface they share, and the one place that chooses among them."""
+
+from dpo_fast.backends.interface import (
+    HeadBackend,
+    HeadForward,
+    HeadGrads,
+    LinearHead,
+    Needs,
+    Saved,
+)
+from dpo_fast.backends.select import NAMES, choose, triton_refusal
+
+__all__ = [
+    "NAMES",
+    "HeadBackend",
+    "HeadForward",
+    "HeadGrads",
+    "LinearHead",
+    "Needs",
+    "Saved",
+    "choose",
+    "triton_refusal",
+]

@@ -1,0 +1,266 @@
+"""The autograd function of :func:`fused_linear_dpo`: its forward takes the gradients as well.
+
+Legend: P pairs, S = 2P sequences, N scored tokens, n tokens of a group, H hidden, V vocabulary.
+
+For each group of pairs: the reference's log-probs, the policy's (probabilities stay in one reused
+buffer), the loss and its derivative c by autograd over ``[n]`` numbers, then the gradients of
+hidden states and head. Groups exist only where they save a GEMM: a trained head and a separable loss.
+"""
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_fast.backends import HeadBackend, HeadGrads, LinearHead, Needs
+from dpo_fast.backends.scratch import scratch
+from dpo_fast.functional.groups import Group, one_group, plan_groups
+from dpo_fast.functional.linear import may_store
+from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
+from dpo_fast.functional.pair_stats import PairGroup, group_stats, needed_outputs
+from dpo_fast.functional.segments import compacted_borders, segment_sum
+from dpo_fast.naive import HeadLoRA, LinearLogprobs
+
+
+class Rows(NamedTuple):
+    """Which token belongs where."""
+
+    target: Tensor  # [N]
+    cu_seqlens: Tensor  # [S + 1]
+    seq_lens: Any  # host lengths, or None
+    token_weight: Tensor | None  # [N]
+    ignore_index: int
+    scored: Tensor | None = None  # [N] bool: rows that count; None: all
+
+    def drop_ignored(self) -> tuple["Rows", Tensor | None]:
+        """Without ignored rows, and the index [N'] of the kept ones (None if nothing is dropped).
+
+        On a device whose values the host does not know, they stay and are masked instead.
+        """
+        valid = self.target != self.ignore_index
+        if self.target.device.type != "cpu":
+            return self._replace(target=self.target.clamp_min(0), scored=valid), None
+        if bool(valid.all()):
+            return self, None
+        keep = valid.nonzero().squeeze(1)
+        weight = self.token_weight
+        dropped = self._replace(
+            target=self.target[keep],
+            cu_seqlens=compacted_borders(self.cu_seqlens, valid),
+            seq_lens=None,
+            token_weight=None if weight is None else weight[keep],
+        )
+        return dropped, keep
+
+
+class FusedJob(NamedTuple):
+    """Everything that carries no gradient."""
+
+    backend: HeadBackend
+    rows: Rows
+    reference: tuple[Tensor, LinearHead] | None
+    ref_logps: Tensor | None  # [S]
+    loss: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    stats: Any
+    pair_weight: Tensor | float
+    outputs: tuple[str, ...]
+    mode: Any
+    workspace: int | None
+
+
+class _Scored(NamedTuple):
+    """One group's results."""
+
+    loss: GroupLoss
+    logps: Tensor  # [2p]
+    ref_logps: Tensor | None  # [2p]
+    tokens: LinearLogprobs  # [n]
+    grads: HeadGrads
+
+
+class FusedLinearDPO(torch.autograd.Function):
+    """Loss, results and gradients of all groups; the backward scales what the forward found."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scalars: tuple[float | None, float, float],
+        job: FusedJob,
+        grad_enabled: bool,
+    ) -> tuple[Tensor | None, ...]:
+        softcap, scale, lora_scale = scalars
+        lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
+        head = LinearHead(weight, bias, softcap, scale, lora)
+        needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
+        outputs, grads = run_groups(job, hidden, head, needs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = [
+            None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)
+        ]
+        ctx.mark_non_differentiable(*(t for t in outputs[1:] if t is not None))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 8
+        # On the CPU the value is at hand: multiplying by 1 would copy a whole head's gradient.
+        is_one = dloss.device.type == "cpu" and dloss.item() == 1.0
+        scaled = [
+            None if g is None else (g if is_one else g * dloss).to(d)
+            for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)
+
+
+def run_groups(
+    job: FusedJob, hidden: Tensor, head: LinearHead, needs: Needs
+) -> tuple[tuple[Tensor | None, ...], HeadGrads]:
+    """All groups in order: the op's outputs and the unscaled gradients."""
+    rows, backend = hidden.shape[0], job.backend
+    groups, store = _plan(job, rows, head, needs)
+    size = max((g.rows for g in groups), default=0) * backend.row_bytes(head) if store else 0
+    totals = HeadGrads()
+    parts: list[_Scored] = []
+    dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden)) if needs.hidden else None
+    with scratch.borrow(size, hidden.device) as memory:
+        for group in groups:
+            part = _score_group(job, group, hidden, head, needs, memory if store else None, totals)
+            totals = part.grads._replace(hidden=None)
+            if dhidden is not None and part.grads.hidden is not None:
+                group.put(dhidden, part.grads.hidden)
+            parts.append(part._replace(grads=HeadGrads()))
+    return _collect(job, groups, parts, hidden), totals._replace(hidden=dhidden)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[list[Group], bool]:
+    """The groups, and whether their probabilities are stored."""
+    borders = job.rows.cu_seqlens
+    everything = one_group(borders.numel() // 2, rows)
+    if not needs.head or may_store(job.backend, head, rows, None, job.workspace):
+        return everything, job.mode != "min-memory"
+    if job.mode == "min-memory" or not getattr(job.loss, "separable", False):
+        return everything, job.mode == "store"
+    limit = job.workspace
+    if limit is None:
+        limit = job.backend.default_workspace(head)
+    lens = job.rows.seq_lens
+    host = borders.tolist() if lens is None else [0, *accumulate(lens)]
+    return plan_groups(host, limit // job.backend.row_bytes(head)), True
+
+
+def _score_group(
+    job: FusedJob,
+    group: Group,
+    hidden: Tensor,
+    head: LinearHead,
+    needs: Needs,
+    memory: Tensor | None,
+    totals: HeadGrads,
+) -> _Scored:
+    backend, rows = job.backend, job.rows
+    target = group.take(rows.target)
+    borders = group.borders(rows.cu_seqlens)
+    weight = None if rows.token_weight is None else group.take(rows.token_weight)
+    scored = None if rows.scored is None else group.take(rows.scored)
+    pairs = job.rows.cu_seqlens.numel() // 2
+    ref_logps = None
+    if job.reference is not None:
+        ref_hidden, ref_head = job.reference
+        found = backend.forward(
+            group.take(ref_hidden), ref_head, target, needs=Needs(), outputs=(), store=False
+        )
+        ref_logps = _sums(found.result.logps, scored, weight, borders)
+    elif job.ref_logps is not None:
+        ref_logps = torch.cat(
+            (
+                job.ref_logps[group.start : group.stop],
+                job.ref_logps[pairs + group.start : pairs + group.stop],
+            )
+        )
+    outputs = needed_outputs(job.loss, job.stats, job.outputs)
+    found = backend.forward(
+        group.take(hidden),
+        head,
+        target,
+        needs=needs,
+        outputs=outputs,
+        store=memory is not None,
+        buffer=memory,
+    )
+    tokens = found.result
+    leaf = tokens.logps.detach()
+    with torch.set_grad_enabled(any(needs)):
+        leaf.requires_grad_(any(needs))
+        logps = _sums(leaf, scored, weight, borders)
+        view = PairGroup(slice(group.start, group.stop), leaf, borders, tokens)
+        if scored is not None:
+            view = view._replace(logps=torch.where(scored, leaf, 0.0))
+        kwargs = group_stats(job.loss, job.stats, view)
+        answer = call_loss(job.loss, logps, ref_logps, kwargs)
+        pair_weight = job.pair_weight
+        if isinstance(pair_weight, Tensor):
+            pair_weight = pair_weight.detach()[group.start : group.stop]
+        objective = (answer[0] * pair_weight).sum()
+    grads = HeadGrads()
+    if found.saved is not None:
+        grads = backend.backward(found.saved, gradient(objective, leaf, job.loss), into=totals)
+    loss = GroupLoss(objective.detach(), *(t.detach() for t in answer))
+    return _Scored(loss, logps.detach(), ref_logps, tokens, grads)
+
+
+def _sums(logps: Tensor, scored: Tensor | None, weight: Tensor | None, borders: Tensor) -> Tensor:
+    if scored is not None:
+        logps = torch.where(scored, logps, 0.0)
+    return segment_sum(logps if weight is None else logps * weight, borders)
+
+
+def _collect(
+    job: FusedJob, groups: list[Group], parts: list[_Scored], hidden: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The groups' results in the order of the batch."""
+    losses, chosen, rejected = (
+        torch.cat([getattr(p.loss, name) for p in parts])
+        for name in ("losses", "chosen_rewards", "rejected_rewards")
+    )
+    objective = torch.stack([p.loss.objective for p in parts]).sum()
+
+    def sequences(name: str) -> Tensor | None:
+        found = [getattr(p, name) for p in parts]
+        if found[0] is None:
+            return None
+        halves = [t.chunk(2) if t.numel() else (t, t) for t in found]
+        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+
+    tokens: list[Tensor] = []
+    for name in ("logps", *job.outputs) if job.outputs else ():
+        column = getattr(parts[0].tokens, name)
+        whole = column.new_empty(hidden.shape[0])
+        for group, part in zip(groups, parts, strict=True):
+            group.put(whole, getattr(part.tokens, name))
+        if job.rows.scored is not None:
+            whole = torch.where(job.rows.scored, whole, torch.zeros_like(whole))
+        tokens.append(whole)
+    return (
+        objective,
+        losses,
+        sequences("logps"),
+        sequences("ref_logps"),
+        chosen,
+        rejected,
+        *tokens,
+    )

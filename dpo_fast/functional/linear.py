@@ -1,0 +1,193 @@
+"""Log-probabilities of target tokens from hidden states and LM head, without logits in memory.
+
+Legend: N scored tokens, H hidden, V vocabulary, r rank of the head's adapter.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_fast.backends import HeadBackend, LinearHead, Needs, Saved, choose
+from dpo_fast.functional import validate
+from dpo_fast.functional.autocast import autocast_head
+from dpo_fast.naive import OUTPUTS, HeadLoRA, LinearLogprobs
+
+Mode = Literal["store", "min-memory"]
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    target: Tensor,  # [N] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    lora: HeadLoRA | None = None,
+    group: Any = None,
+    outputs: Sequence[str] = (),
+    backend: str = "auto",
+    mode: Mode | None = None,
+    workspace: int | None = None,
+) -> Tensor | LinearLogprobs:
+    """``log softmax(z)[target]`` of each row: the log-probability of each target token.
+
+    The same as::
+
+        z = (logit_scale / temperature) * softcap * tanh((hidden @ weight.T + bias) / softcap)
+        torch.log_softmax(z.float(), -1).gather(-1, target[:, None])[:, 0]
+
+    Args:
+        lora: adapter on the head, ``x W^T + scale * (x a^T) b^T``.
+        outputs: statistics to return as well, out of "entropy", "mean_logit", "is_top1",
+            "log_sum_sq_probs"; they carry no gradient.
+        backend: "auto" (chosen once, logged), or "chunked", "naive", "triton": obeyed or refused.
+        mode: "store" keeps the probabilities for a trained head's gradient, "min-memory" computes
+            them again (one more GEMM); None stores what fits into ``workspace``.
+        workspace: bytes that stored probabilities may occupy; None: at least 64 MiB on the CPU,
+            1 GiB elsewhere, and at least the head's gradient.
+        group: reserved for a vocabulary split over processes; must be None.
+
+    Returns:
+        ``[N]`` float32 (float64 for float64 inputs), 0 where ``target == ignore_index``; with
+        ``outputs`` a :class:`LinearLogprobs`.
+
+    Gradients:
+        To hidden, weight, bias, lora.a and lora.b, each only if it requires one; accumulated in
+        float32, rounded once to the input's dtype, deterministic. Any upstream gradient; a second
+        backward needs ``retain_graph=True``; double backward raises.
+
+    Memory:
+        Chunks of rows in reused scratch; ``[N, H]`` float32 for the backward; the probabilities
+        if they fit into ``workspace`` and the head is trained. Under ``no_grad``: scratch only.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, options; a target out of range (on CPU tensors).
+
+    Source: the non-target sum keeps ``1 - p`` exact; see ``chunked/epilogue_torch.py``.
+    """
+    names = validate.check_outputs(outputs)
+    validate.check_scalars(softcap, logit_scale, temperature, mode, group)
+    hidden, weight, bias, lora = autocast_head(hidden, weight, bias, lora)
+    validate.check_head(hidden, weight, bias, lora)
+    validate.check_target(target, hidden.shape[0], weight.shape[0], ignore_index, hidden)
+    chosen = choose(backend, hidden.device.type, hidden.dtype)
+    head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora)
+    result = score_valid(chosen, hidden, head, target, ignore_index, names, mode, workspace)
+    return result if names else result.logps
+
+
+def score_valid(
+    backend: HeadBackend,
+    hidden: Tensor,
+    head: LinearHead,
+    target: Tensor,
+    ignore_index: int,
+    outputs: tuple[str, ...],
+    mode: Mode | None,
+    workspace: int | None,
+) -> LinearLogprobs:
+    """Scores the rows that are not ignored; the others get zeros and no gradient."""
+    valid = target != ignore_index
+    if target.device.type != "cpu":
+        # Which rows are ignored is not known here without waiting for the device: score all.
+        hidden = torch.where(valid.unsqueeze(1), hidden, 0.0)
+        result = score(backend, hidden, head, target.clamp_min(0), outputs, mode, workspace)
+        return _map(result, lambda t: torch.where(valid, t, torch.zeros_like(t)))
+    if bool(valid.all()):
+        return score(backend, hidden, head, target, outputs, mode, workspace)
+    rows = valid.nonzero().squeeze(1)
+    result = score(backend, hidden[rows], head, target[rows], outputs, mode, workspace)
+    return _map(result, lambda t: t.new_zeros(target.shape).index_put((rows,), t))
+
+
+def _map(result: LinearLogprobs, change: Callable[[Tensor], Tensor]) -> LinearLogprobs:
+    present = {name: change(t) for name, t in result._asdict().items() if t is not None}
+    return LinearLogprobs(**present)
+
+
+def score(
+    backend: HeadBackend,
+    hidden: Tensor,
+    head: LinearHead,
+    target: Tensor,
+    outputs: tuple[str, ...],
+    mode: Mode | None,
+    workspace: int | None,
+) -> LinearLogprobs:
+    """Checked inputs, no ignored rows: straight to the backend, under autograd."""
+    lora = head.lora
+    found = _LinearLogprobs.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        None if lora is None else lora.a,
+        None if lora is None else lora.b,
+        target,
+        (backend, head.softcap, head.scale, 0.0 if lora is None else lora.scale, outputs),
+        may_store(backend, head, hidden.shape[0], mode, workspace),
+        torch.is_grad_enabled(),
+    )
+    return LinearLogprobs(found[0], **dict(zip(outputs, found[1:], strict=True)))
+
+
+def may_store(
+    backend: HeadBackend, head: LinearHead, rows: int, mode: Mode | None, workspace: int | None
+) -> bool:
+    """Whether probabilities of ``rows`` rows may be kept: by order, else by the workspace."""
+    if mode is not None:
+        return mode == "store"
+    limit = backend.default_workspace(head) if workspace is None else workspace
+    return rows * backend.row_bytes(head) <= limit
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Autograd around a backend; what the backend saves belongs to the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        target: Tensor,
+        options: tuple[HeadBackend, float | None, float, float, tuple[str, ...]],
+        store: bool,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, ...]:
+        backend, softcap, scale, lora_scale, outputs = options
+        lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
+        # needs_input_grad does not know of no_grad, and here grad mode is off in any case.
+        needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
+        head = LinearHead(weight, bias, softcap, scale, lora)
+        result, saved = backend.forward(
+            hidden, head, target, needs=needs, outputs=outputs, store=store
+        )
+        ctx.set_materialize_grads(False)
+        if saved is not None:
+            ctx.save_for_backward(*saved.tensors)
+            ctx.backend, ctx.meta = backend, saved.meta
+            ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a)]
+        stats = tuple(getattr(result, name) for name in outputs)
+        ctx.mark_non_differentiable(*stats)
+        return (result.logps, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlogps: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlogps is None:
+            return (None,) * 9
+        grads = ctx.backend.backward(Saved(ctx.saved_tensors, ctx.meta), dlogps)
+        dtypes = [*ctx.dtypes, ctx.dtypes[-1]]
+        narrow = [None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
+        return (*narrow, None, None, None, None)
+
+
+assert set(LinearLogprobs._fields) == {"logps", *OUTPUTS}

@@ -1,1 +1,14 @@
-"""Preference rows to batches: formats, tokenisation, preparation, collation and loading."""
+"""Preference rows to batches: formats, tokenisation, what is dropped and why, collation, loading."""
+
+from dpo_fast.data.collate import DataCollatorForPreference
+from dpo_fast.data.load import load_preferences
+from dpo_fast.data.prepare import prepare_dataset, prepare_eval_dataset
+from dpo_fast.data.report import PrepareReport
+
+__all__ = [
+    "DataCollatorForPreference",
+    "PrepareReport",
+    "load_preferences",
+    "prepare_dataset",
+    "prepare_eval_dataset",
+]

@@ -1,6 +1,7 @@
 """Scratch memory that is used again.
 
-A fresh half-gigabyte buffer costs more in page faults than the arithmetic on it. Only for memory whose contents die inside one call; whatever autograd keeps is allocated normally.
+A fresh half-gigabyte buffer costs more in page faults than the arithmetic on it. Only for memory
+whose contents die inside one call; whatever autograd keeps is allocated normally.
 """
 
 import threading

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dpo_fast.backends.interface import HeadForward, HeadGrads, LinearHead, Needs, Saved
+from dpo_fast.backends.scratch import as_matrix, padded, scratch
 from dpo_fast.chunked.epilogue import epilogue_, exponentials_
 from dpo_fast.chunked.epilogue_torch import EpilogueRows
 from dpo_fast.chunked.gemm import add_lora_logits, logits_into, times_weight, wide_dtype
-from dpo_fast.backends.scratch import as_matrix, padded, scratch
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
 CHUNK_BYTES = 16 * 2**20  # of logits of one chunk of rows

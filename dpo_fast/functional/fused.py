@@ -192,11 +192,11 @@ def _run(job: FusedJob, hidden: Tensor, head: LinearHead) -> FusedDPOOutput:
         job._replace(rows=scored),
         torch.is_grad_enabled(),
     )
-    tokens = found[6:]
-    if not job.outputs:
-        return FusedDPOOutput(*found[:6], token_stats=None)
-    if keep is not None:
-        shape = job.rows.target.shape
-        tokens = [t.new_zeros(shape).index_put((keep,), t) for t in tokens]
-    stats = LinearLogprobs(tokens[0], **dict(zip(job.outputs, tokens[1:], strict=True)))
-    return FusedDPOOutput(*found[:6], token_stats=stats)
+    loss, losses, logps, ref_logps, chosen, rejected, *tokens = found
+    stats = None
+    if job.outputs:
+        if keep is not None:
+            shape = job.rows.target.shape
+            tokens = [t.new_zeros(shape).index_put((keep,), t) for t in tokens]
+        stats = LinearLogprobs(tokens[0], **dict(zip(job.outputs, tokens[1:], strict=True)))
+    return FusedDPOOutput(loss, losses, logps, ref_logps, chosen, rejected, stats)

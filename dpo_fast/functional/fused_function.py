@@ -4,7 +4,8 @@ Legend: P pairs, S = 2P sequences, N scored tokens, n tokens of a group, H hidde
 
 For each group of pairs: the reference's log-probs, the policy's (probabilities stay in one reused
 buffer), the loss and its derivative c by autograd over ``[n]`` numbers, then the gradients of
-hidden states and head. Groups exist only where they save a GEMM: a trained head and a separable loss.
+hidden states and head. Groups exist only where they save a GEMM: a trained head and a separable
+loss.
 """
 
 from collections.abc import Callable

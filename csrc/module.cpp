@@ -3,6 +3,10 @@
 
 namespace py = pybind11;
 
+namespace dpo_fast {
+void register_ema(py::module_& m);  // ema.cpp
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled parts of dpo_fast. Private: the checked entry points are in dpo_fast.functional.";
 #ifdef DPO_FAST_WITH_CUDA
@@ -10,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  dpo_fast::register_ema(m);
 }

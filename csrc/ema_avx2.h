@@ -1,0 +1,147 @@
+// Eight lanes of ema_math.h in AVX2 and F16C. Same bits as the scalar code, element for element.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+
+#include "ema_math.h"
+
+#define EMA_AVX2 __attribute__((target("avx2,f16c")))
+#define EMA_AVX2_INLINE EMA_AVX2 __attribute__((always_inline)) static inline
+
+namespace dpo_fast::avx2 {
+
+constexpr int kLanes = 8;
+
+template <int64_t D>
+struct Raw {
+  using type = __m128i;
+};
+template <>
+struct Raw<kF32> {
+  using type = __m256i;
+};
+template <int64_t D>
+using RawOf = typename Raw<D>::type;
+
+template <int64_t D>
+EMA_AVX2_INLINE RawOf<D> load(const char* data, int64_t i) {
+  if constexpr (D == kF32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 4 * i));
+  else return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 2 * i));
+}
+
+template <int64_t D>
+EMA_AVX2_INLINE void store(char* data, int64_t i, RawOf<D> raw) {
+  if constexpr (D == kF32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(data + 4 * i), raw);
+  else _mm_storeu_si128(reinterpret_cast<__m128i*>(data + 2 * i), raw);
+}
+
+template <int64_t D>
+EMA_AVX2_INLINE __m256 widen(RawOf<D> raw) {
+  if constexpr (D == kF32) return _mm256_castsi256_ps(raw);
+  else if constexpr (D == kBF16)
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16));
+  else return _mm256_cvtph_ps(raw);
+}
+
+EMA_AVX2_INLINE __m256i load_random(const uint16_t* random) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random)));
+}
+
+// The low halves of eight 32-bit lanes, all of them below 2^16.
+EMA_AVX2_INLINE __m128i low_halves(__m256i lanes) {
+  return _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+}
+
+template <bool kStochastic>
+EMA_AVX2_INLINE __m128i narrow_bf16(__m256i bits, __m256i random) {
+  __m256i addend = random;
+  if constexpr (!kStochastic) {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    addend = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
+  }
+  return low_halves(_mm256_srli_epi32(_mm256_add_epi32(bits, addend), 16));
+}
+
+EMA_AVX2_INLINE __m128i narrow_f16_stochastic(__m256i bits, __m256i random) {
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7FFFFFFF));
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x8000));
+  const __m256i sum = _mm256_srli_epi32(_mm256_add_epi32(magnitude, _mm256_srli_epi32(random, 3)), 13);
+  const __m256i normal = _mm256_sub_epi32(sum, _mm256_set1_epi32(kRebiasF16));
+  const __m256 scaled = _mm256_mul_ps(_mm256_castsi256_ps(magnitude), _mm256_set1_ps(kTwo40));
+  const __m256i small = _mm256_srli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(scaled), random), 16);
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(kMinNormalF16), magnitude);
+  return low_halves(_mm256_or_si256(_mm256_blendv_epi8(normal, small, is_small), sign));
+}
+
+// Values of finite(): ema_math.h's narrow_finite.
+template <int64_t D, bool kStochastic>
+EMA_AVX2_INLINE RawOf<D> narrow(__m256 value, __m256i random) {
+  if constexpr (D == kF32) return _mm256_castps_si256(value);
+  else if constexpr (D == kBF16) return narrow_bf16<kStochastic>(_mm256_castps_si256(value), random);
+  else if constexpr (kStochastic) return narrow_f16_stochastic(_mm256_castps_si256(value), random);
+  else return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// The blend's three scalars as vectors, set up once a span.
+struct Blend {
+  __m256 weight, from_policy, copy;
+};
+
+EMA_AVX2_INLINE Blend prepare(const EmaBlend& b) {
+  return {_mm256_set1_ps(b.weight), _mm256_castsi256_ps(_mm256_set1_epi32(b.from_policy ? -1 : 0)),
+          _mm256_castsi256_ps(_mm256_set1_epi32(b.copy ? -1 : 0))};
+}
+
+EMA_AVX2_INLINE __m256 blend_value(__m256 r, __m256 p, const Blend& b) {
+  const __m256 base = _mm256_blendv_ps(r, p, b.from_policy), other = _mm256_blendv_ps(p, r, b.from_policy);
+  __m256 product = _mm256_mul_ps(b.weight, _mm256_sub_ps(base, other));
+  asm("" : "+x"(product));  // no contraction into an FMA
+  return _mm256_blendv_ps(_mm256_sub_ps(base, product), p, b.copy);
+}
+
+template <int64_t D>
+EMA_AVX2_INLINE bool finite(__m256 value) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value);
+  return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(max_finite<D>()), _CMP_LE_OQ)) == 0xFF;
+}
+
+using Bits = __m256i;
+
+// Random bits of num_groups counters from group on: 8 * num_groups values, num_groups a multiple of 4.
+EMA_AVX2 static void fill_random(uint64_t group, int num_groups, const PhiloxKey& key, uint16_t* out) {
+  // Four counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
+  const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
+  const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);
+  const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);  // undone by the two unpacks below
+  for (int g = 0; g < num_groups; g += 4) {
+    const __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(group) + g), order);
+    __m256i c0 = counter, c1 = _mm256_srli_epi64(counter, 32);
+    __m256i c2 = _mm256_set1_epi64x(key.step_lo), c3 = _mm256_set1_epi64x(key.step_hi);
+    uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m256i product0 = _mm256_mul_epu32(c0, m0), product1 = _mm256_mul_epu32(c2, m1);
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(k0));
+      c1 = product1;
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(k1));
+      c3 = product0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const __m256i first = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c1, 32));
+    const __m256i second = _mm256_or_si256(_mm256_and_si256(c2, low), _mm256_slli_epi64(c3, 32));
+    __m256i* target = reinterpret_cast<__m256i*>(out + 8 * g);
+    _mm256_storeu_si256(target, _mm256_unpacklo_epi64(first, second));
+    _mm256_storeu_si256(target + 1, _mm256_unpackhi_epi64(first, second));
+  }
+}
+
+}  // namespace dpo_fast::avx2

@@ -1,0 +1,141 @@
+// Sixteen lanes of ema_math.h in AVX-512 (F, BW, VL, DQ). Same bits as the scalar code, element for element.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own headers (gcc bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+
+#include "ema_math.h"
+
+#define EMA_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define EMA_AVX512_INLINE EMA_AVX512 __attribute__((always_inline)) static inline
+
+namespace dpo_fast::avx512 {
+
+constexpr int kLanes = 16;
+
+template <int64_t D>
+struct Raw {
+  using type = __m256i;
+};
+template <>
+struct Raw<kF32> {
+  using type = __m512i;
+};
+template <int64_t D>
+using RawOf = typename Raw<D>::type;
+
+template <int64_t D>
+EMA_AVX512_INLINE RawOf<D> load(const char* data, int64_t i) {
+  if constexpr (D == kF32) return _mm512_loadu_si512(data + 4 * i);
+  else return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 2 * i));
+}
+
+template <int64_t D>
+EMA_AVX512_INLINE void store(char* data, int64_t i, RawOf<D> raw) {
+  if constexpr (D == kF32) _mm512_storeu_si512(data + 4 * i, raw);
+  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(data + 2 * i), raw);
+}
+
+template <int64_t D>
+EMA_AVX512_INLINE __m512 widen(RawOf<D> raw) {
+  if constexpr (D == kF32) return _mm512_castsi512_ps(raw);
+  else if constexpr (D == kBF16)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  else return _mm512_cvtph_ps(raw);
+}
+
+EMA_AVX512_INLINE __m512i load_random(const uint16_t* random) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random)));
+}
+
+template <bool kStochastic>
+EMA_AVX512_INLINE __m256i narrow_bf16(__m512i bits, __m512i random) {
+  __m512i addend = random;
+  if constexpr (!kStochastic) {
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    addend = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+  }
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(bits, addend), 16));
+}
+
+EMA_AVX512_INLINE __m256i narrow_f16_stochastic(__m512i bits, __m512i random) {
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7FFFFFFF));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x8000));
+  __m512i out = _mm512_srli_epi32(_mm512_add_epi32(magnitude, _mm512_srli_epi32(random, 3)), 13);
+  out = _mm512_sub_epi32(out, _mm512_set1_epi32(kRebiasF16));
+  const __m512 scaled = _mm512_mul_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(kTwo40));
+  const __m512i small = _mm512_srli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(scaled), random), 16);
+  out = _mm512_mask_mov_epi32(out, _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32(kMinNormalF16)), small);
+  return _mm512_cvtepi32_epi16(_mm512_or_si512(out, sign));
+}
+
+// Values of finite(): ema_math.h's narrow_finite.
+template <int64_t D, bool kStochastic>
+EMA_AVX512_INLINE RawOf<D> narrow(__m512 value, __m512i random) {
+  if constexpr (D == kF32) return _mm512_castps_si512(value);
+  else if constexpr (D == kBF16) return narrow_bf16<kStochastic>(_mm512_castps_si512(value), random);
+  else if constexpr (kStochastic) return narrow_f16_stochastic(_mm512_castps_si512(value), random);
+  else return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+}
+
+// The blend's three scalars as a vector and two masks, set up once a span.
+struct Blend {
+  __m512 weight;
+  __mmask16 from_policy, copy;
+};
+
+EMA_AVX512_INLINE Blend prepare(const EmaBlend& b) {
+  return {_mm512_set1_ps(b.weight), static_cast<__mmask16>(b.from_policy ? 0xFFFF : 0),
+          static_cast<__mmask16>(b.copy ? 0xFFFF : 0)};
+}
+
+EMA_AVX512_INLINE __m512 blend_value(__m512 r, __m512 p, const Blend& b) {
+  const __m512 base = _mm512_mask_mov_ps(r, b.from_policy, p), other = _mm512_mask_mov_ps(p, b.from_policy, r);
+  __m512 product = _mm512_mul_ps(b.weight, _mm512_sub_ps(base, other));
+  asm("" : "+v"(product));  // no contraction into an FMA
+  return _mm512_mask_mov_ps(_mm512_sub_ps(base, product), b.copy, p);
+}
+
+template <int64_t D>
+EMA_AVX512_INLINE bool finite(__m512 value) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(max_finite<D>()), _CMP_LE_OQ) == 0xFFFF;
+}
+
+using Bits = __m512i;
+
+// Random bits of num_groups counters from group on: 8 * num_groups values, num_groups a multiple of 8.
+EMA_AVX512 static void fill_random(uint64_t group, int num_groups, const PhiloxKey& key, uint16_t* out) {
+  // Eight counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // undone by the two unpacks below
+  for (int g = 0; g < num_groups; g += 8) {
+    const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group) + g), order);
+    __m512i c0 = counter, c1 = _mm512_srli_epi64(counter, 32);
+    __m512i c2 = _mm512_set1_epi64(key.step_lo), c3 = _mm512_set1_epi64(key.step_hi);
+    uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
+#pragma GCC unroll 10
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      const __m512i product0 = _mm512_mul_epu32(c0, m0), product1 = _mm512_mul_epu32(c2, m1);
+      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1, _mm512_set1_epi64(k0), 0x96);
+      c1 = product1;
+      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+      c3 = product0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const __m512i first = _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c1, 32));
+    const __m512i second = _mm512_or_si512(_mm512_and_si512(c2, low), _mm512_slli_epi64(c3, 32));
+    _mm512_storeu_si512(out + 8 * g, _mm512_unpacklo_epi64(first, second));
+    _mm512_storeu_si512(out + 8 * g + 32, _mm512_unpackhi_epi64(first, second));
+  }
+}
+
+}  // namespace dpo_fast::avx512

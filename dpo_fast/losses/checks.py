@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from dpo_fast.losses.combine import Term
@@ -19,7 +20,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name == "f_divergence_type":
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
         if not math.isfinite(value):
             raise ValueError(f"{name}={value} must be a finite number")

@@ -90,4 +90,4 @@ def token_mean_nll(stats: PairStats | None, loss: str) -> Tensor:
     pairs, tokens = stats.num_pairs, stats.num_chosen_tokens
     assert pairs is not None and tokens is not None
     tokens = tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(tokens, 1)
-    return nll * (pairs / tokens)
+    return nll * pairs / tokens  # in this order: int / int would be a float32 tensor

@@ -1,4 +1,4 @@
-"""Preference rows to batches: formats, tokenisation, what is dropped and why, collation, loading."""
+"""Preference rows to batches: formats, tokenisation, counted drops, collation and loading."""
 
 from dpo_fast.data.collate import DataCollatorForPreference
 from dpo_fast.data.load import load_preferences

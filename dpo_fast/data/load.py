@@ -27,8 +27,8 @@ def load_preferences(
     Args:
         source: a json, jsonl, csv, tsv, parquet or arrow file (compressed or not); a folder of such
             files; a folder that ``save_to_disk`` wrote; or the name of a data set on the hub.
-        split: the split to return; None: all of them, as a dict. A single file and a saved
-            ``Dataset`` are one split, which every name but another split's own gives.
+        split: the split to return, or a slice of one (``"train[:90%]"``); None: all, as a dict. A
+            file is one split, "train"; so is a saved ``Dataset``, which has its own name as well.
         config_name: configuration of a data set on the hub, or of a folder that declares some.
         streaming: return an ``IterableDataset`` instead of a ``Dataset``.
 
@@ -44,17 +44,15 @@ def load_preferences(
     path = Path(source).expanduser()
     if path.is_file():
         builder, arguments = _builder(path)
-        loaded = load_dataset(builder, data_files=str(path), streaming=streaming, **arguments)
-        return loaded if split is None else loaded["train"]
+        arguments = {**arguments, "data_files": str(path)}
+        return load_dataset(builder, split=split, streaming=streaming, **arguments)
     if path.is_dir() and _is_saved(path):
-        loaded = _load_saved(path, streaming)
-    elif path.is_dir():
-        loaded = load_dataset(str(path), config_name, streaming=streaming)
+        return _load_saved(path, split, streaming)
+    if path.is_dir():
+        source = str(path)
     elif _looks_like_path(str(source), path):
         raise FileNotFoundError(f"there is no file or folder {str(source)!r}")
-    else:
-        loaded = load_dataset(str(source), config_name, streaming=streaming)
-    return loaded if split is None else _pick(loaded, split, source)
+    return load_dataset(str(source), config_name, split=split, streaming=streaming)
 
 
 def _builder(path: Path) -> tuple[str, dict[str, Any]]:
@@ -74,15 +72,19 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def _load_saved(folder: Path, streaming: bool) -> Any:
+def _load_saved(folder: Path, split: str | None, streaming: bool) -> Any:
     from datasets import DatasetDict, IterableDatasetDict, load_from_disk
 
     loaded = load_from_disk(str(folder))
     if not isinstance(loaded, DatasetDict):
-        loaded = DatasetDict({str(loaded.split or "train"): loaded})
-    if not streaming:
-        return loaded
-    return IterableDatasetDict({name: part.to_iterable_dataset() for name, part in loaded.items()})
+        name = str(loaded.split or "train")
+        loaded = DatasetDict({"train" if split == "train" else name: loaded})
+    if split is not None and split not in loaded:
+        raise ValueError(f"{str(folder)!r} has no split {split!r}; it has {sorted(loaded)}")
+    if streaming:
+        parts = {name: part.to_iterable_dataset() for name, part in loaded.items()}
+        loaded = IterableDatasetDict(parts)
+    return loaded if split is None else loaded[split]
 
 
 def _looks_like_path(source: str, path: Path) -> bool:
@@ -92,9 +94,3 @@ def _looks_like_path(source: str, path: Path) -> bool:
         or source.count("/") > 1
         or path.suffix.lower() in (*_BUILDERS, *_COMPRESSIONS)
     )
-
-
-def _pick(loaded: Any, split: str, source: str | Path) -> Any:
-    if split not in loaded:
-        raise ValueError(f"{str(source)!r} has no split {split!r}; it has {sorted(loaded)}")
-    return loaded[split]

@@ -36,7 +36,7 @@ def build_loss(
             ``[P]`` vectors, and ``stats`` if it takes that keyword; it returns the losses ``[P]``,
             or the triple with rewards. It is taken for coupled (all pairs at once) and for needing
             a reference, unless it carries ``separable = True``, ``needs_reference = False``;
-            ``needs_nll``, ``needs_lengths`` ask for those fields of ``stats``.
+            ``needs_nll``, ``needs_lengths``, ``needs_wpo`` ask for those fields of ``stats``.
         loss_weights: one a loss, not normalised; None: all 1.
         beta: strength of the tie to the reference: tau of IPO, lambda of ORPO.
         label_smoothing: read by cdpo, robust, exo_pair, aot, aot_unpaired.
@@ -56,7 +56,8 @@ def build_loss(
     Raises:
         ValueError: unknown name; no loss; another number of weights than of losses; an option out
             of its range or not finite; a divergence that a loss has no form for.
-        TypeError: a loss that is neither name nor callable; an option that is no number.
+        TypeError: a loss that is neither name nor callable, or is a PreferenceLoss already; an
+            option that is no number.
         NotImplementedError: ``use_weighting`` with aot or aot_unpaired, whose losses belong to
             quantiles, not to pairs.
     """
@@ -72,8 +73,9 @@ def build_loss(
         "kto_undesirable_weight": kto_undesirable_weight,
     }
     check_numbers(options)
-    single = isinstance(loss_type, str) or callable(loss_type)
-    given: Sequence[LossType] = [loss_type] if single else list(loss_type)  # type: ignore
+    if isinstance(loss_type, str) or callable(loss_type):
+        loss_type = [loss_type]
+    given = list(loss_type) if isinstance(loss_type, Sequence) else [loss_type]
     weights = _weights(loss_weights, len(given))
     terms = tuple(_term(one, weight, options) for one, weight in zip(given, weights, strict=True))
     check_divergence(terms, f_divergence_type)
@@ -104,8 +106,16 @@ def _term(loss: LossType, weight: float, options: Mapping[str, Any]) -> Term:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"Unknown loss type: {loss!r}.{hint} Known: {', '.join(LOSSES)}")
         return _named(loss, weight, options)
+    if isinstance(loss, PreferenceLoss):
+        raise TypeError(
+            f"loss_type holds {loss!r}, which is built already: its options would be ignored. Call "
+            "it as it is, or give all names and weights to one build_loss."
+        )
     if not callable(loss):
-        raise TypeError(f"loss_type must be a name or a callable, got {type(loss).__name__}")
+        raise TypeError(
+            "loss_type must be a name, a callable, or a list of them, got "
+            f"{type(loss).__name__} {loss!r}"
+        )
     for name, fn in LOSSES.items():
         if loss is fn:
             return _named(name, weight, options)

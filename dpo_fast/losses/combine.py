@@ -106,7 +106,8 @@ class PreferenceLoss:
         self.needs_lengths = any(t.needs_lengths for t in traits)
         self.needs_nll = any(t.needs_nll for t in traits)
         self.use_weighting = use_weighting
-        self.needs_wpo = use_weighting and any(t.wpo != "none" for t in traits)
+        weighted = use_weighting and any(t.wpo != "none" for t in traits)
+        self.needs_wpo = weighted or any(t.needs_wpo for t in traits)
         self._rewards_of = next((i for i, t in enumerate(traits) if t.defines_rewards), 0)
 
     def __call__(

@@ -19,6 +19,7 @@ class Traits:
     needs_reference: bool = True
     needs_nll: bool = False  # reads stats.chosen_nll_sum
     needs_lengths: bool = False  # reads stats.chosen_len, stats.rejected_len
+    needs_wpo: bool = False  # reads stats.wpo_weight itself
     f_divergence: bool = False  # a divergence other than reverse_kl has a meaning
     defines_rewards: bool = True  # False: its rewards are used only when no other loss is there
     wpo: WpoUse = "losses"
@@ -36,7 +37,13 @@ def declares(
 ) -> Callable[[LossFn], LossFn]:
     """Decorator: sets each field of :class:`Traits` as an attribute of the loss function."""
     traits = Traits(
-        separable, needs_reference, needs_nll, needs_lengths, f_divergence, defines_rewards, wpo
+        separable=separable,
+        needs_reference=needs_reference,
+        needs_nll=needs_nll,
+        needs_lengths=needs_lengths,
+        f_divergence=f_divergence,
+        defines_rewards=defines_rewards,
+        wpo=wpo,
     )
 
     def decorate(fn: LossFn) -> LossFn:

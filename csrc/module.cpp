@@ -4,7 +4,8 @@
 namespace py = pybind11;
 
 namespace dpo_fast {
-void register_ema(py::module_& m);  // ema.cpp
+void register_ema(py::module_& m);       // ema.cpp
+void register_epilogue(py::module_& m);  // epilogue.cpp
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
   dpo_fast::register_ema(m);
+  dpo_fast::register_epilogue(m);
 }

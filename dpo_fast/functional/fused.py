@@ -80,8 +80,7 @@ def fused_linear_dpo(
         ref_hidden: the reference model's states; ``ref_weight=None`` then means the policy's weight
             and (unless ``ref_bias`` is given) bias. ``ref_lora`` is the reference's own adapter.
         ref_logps: instead of ``ref_hidden``: known log-probs, token weights applied. With neither,
-            a loss with the attribute ``needs_reference = False`` gets zeros, one without the
-            attribute gets None, and one with ``needs_reference = True`` is refused.
+            the loss gets None twice; one with the attribute ``needs_reference = True`` is refused.
         loss: any callable ``(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)``
             of ``[P]`` vectors, returning ``(losses, chosen_rewards, rejected_rewards)``. With the
             attribute ``separable = True`` it may be called on groups of pairs; any other gets all

@@ -23,11 +23,7 @@ def call_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss`` on the four vectors of a group, its answer checked."""
     pairs = logps.shape[0] // 2
-    if ref_logps is None:
-        absent = torch.zeros_like(logps[:pairs]) if hasattr(loss, "needs_reference") else None
-        refs = (absent, absent)
-    else:
-        refs = (ref_logps[:pairs], ref_logps[pairs:])
+    refs = (None, None) if ref_logps is None else (ref_logps[:pairs], ref_logps[pairs:])
     answer = loss(logps[:pairs], logps[pairs:], *refs, **kwargs)
     shapes = [getattr(t, "shape", None) for t in answer] if isinstance(answer, tuple) else answer
     if not isinstance(answer, tuple) or shapes != [torch.Size((pairs,))] * 3:

@@ -32,7 +32,7 @@ def cpo(
 
     Rewards: ``beta * log pi(y)``.
 
-    Source: arXiv 2401.08417, eq. 3 (preference term) and section 3.2 (with the likelihood term).
+    Source: arXiv 2401.08417, eq. 3 (the preference term), plus its likelihood term.
     """
     chosen, rejected = wide(chosen_logps), wide(rejected_logps)
     preference = -F.logsigmoid(beta * (chosen - rejected))

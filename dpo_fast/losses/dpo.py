@@ -81,7 +81,7 @@ def robust(
     With labels flipped at the rate ``e = label_smoothing`` in [0, 0.5) its expectation is the DPO
     loss of the clean labels. It may be negative.
 
-    Source: arXiv 2403.00409 (rDPO, the unbiased loss of section 3).
+    Source: arXiv 2403.00409 (rDPO, the unbiased loss).
     """
     ratios = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     z = beta * f_scores(ratios, f_divergence_type, f_alpha_divergence_coef).margin

@@ -33,7 +33,7 @@ def kto_pair(
 
     No f-divergence form: rewards enter one at a time.
 
-    Source: arXiv 2402.01306, eq. 8. The paper estimates z on mismatched prompts and answers, which
+    Source: arXiv 2402.01306, eq. 7. The paper estimates z on mismatched prompts and answers, which
     would cost another forward of both models; halves are what a paired batch offers.
     """
     ratios = log_ratios(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)

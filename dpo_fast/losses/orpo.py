@@ -31,7 +31,7 @@ def orpo(
 
     Rewards: ``beta * log pi(y) / n``.
 
-    Source: arXiv 2403.07691, eqs. 3, 4, 6 and 7.
+    Source: arXiv 2403.07691, eqs. 4, 6 and 7.
     """
     nll = chosen_nll_sum(stats, "orpo")
     chosen, rejected = wide(chosen_logps), wide(rejected_logps)

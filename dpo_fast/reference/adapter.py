@@ -19,6 +19,7 @@ from dpo_fast.reference.adapters import (
     refuse_adaption_prompt,
 )
 from dpo_fast.reference.checks import check_finite
+from dpo_fast.reference.estimate import size_text
 from dpo_fast.reference.exchange import TensorExchange
 from dpo_fast.reference.scored import ScoredReference, Scoring
 
@@ -100,7 +101,7 @@ class AdapterReference(ScoredReference):
         self.exchange.offload()
 
     def describe(self) -> str:
-        held = f"{self.exchange.nbytes / 2**20:.1f} MiB"
+        held = size_text(self.exchange.nbytes)
         if self.adapters_off:
             kept = (
                 f"; {len(self.exchange)} trained base tensors kept, {held}"

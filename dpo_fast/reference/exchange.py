@@ -9,7 +9,6 @@ stay as they are. 450 tensors take 0.3 ms both ways.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 
@@ -99,24 +98,19 @@ class TensorExchange:
         """Inside of :meth:`swapped`: whether ``tensor`` is a parameter that holds a copy now."""
         return id(tensor) in self._held
 
+    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """``(name, copy, live value)``, both on the parameter's device; not inside of a pass."""
+        for name in self.copies:
+            param = self.live(name)
+            yield name, self._matching(name, param), param
+
     def offload(self) -> None:
         """Copies to host memory; they return at the next pass."""
         self.copies = {name: copy.cpu() for name, copy in self.copies.items()}
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Overwrite the copies, in place.
-
-        Raises:
-            ValueError: names, shapes or dtypes differ; names the first difference.
-        """
-        check_same(self.copies, state, "reference")
-        for name, copy in self.copies.items():
-            copy.copy_(state[name])
-
 
 def check_same(own: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Raise ValueError at the first name, shape or dtype in which ``state`` differs from ``own``."""
+    """Raise ValueError at the first name, shape or dtype in which the two differ."""
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or extra:
         lacks = f"lacks {missing[0]!r} and {len(missing) - 1} more" if missing else "lacks nothing"

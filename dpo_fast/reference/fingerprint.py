@@ -132,11 +132,16 @@ def _plain_tensors(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, persistent buffers, and the scales that bitsandbytes keeps beside its parameters.
 
-    A tied weight comes once. Buffers that a checkpoint would not hold follow from the config.
+    A tied weight comes once.
     """
     for name, param in module.named_parameters():
         yield name, param
         yield from _bitsandbytes_state(name, param)
+    yield from persistent_buffers(module)
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that a checkpoint holds; the others follow from the config."""
     for prefix, sub in module.named_modules():
         for leaf, buffer in sub.named_buffers(prefix=prefix, recurse=False):
             if leaf.rpartition(".")[2] not in sub._non_persistent_buffers_set:

@@ -4,6 +4,7 @@ H hidden, N scored tokens.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from dpo_fast.models import base_causal_lm, is_peft_model
 from dpo_fast.reference.adapters import adapter_fingerprint
 from dpo_fast.reference.checks import check_finite, check_vocabulary
+from dpo_fast.reference.estimate import size_text, weight_bytes
 from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scored import ScoredReference, Scoring
 
@@ -61,25 +63,32 @@ class FrozenReference(ScoredReference):
         return model_fingerprint(base_causal_lm(self.model))
 
     def describe(self) -> str:
-        nbytes = sum(p.nbytes for p in self.model.parameters())
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return f"frozen: a model of its own, {nbytes / 2**30:.2f} GiB of {dtype} weights"
+        return (
+            f"frozen: a model of its own, {size_text(weight_bytes(self.model))} of {dtype} weights"
+        )
 
 
-def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def frozen_copy(
+    model: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> nn.Module:
     """Deep copy of ``model`` whose parameters need no gradient.
 
-    With ``dtype``, floating-point parameters in the model's own dtype are cast while they are
-    copied, so that no copy in the old dtype ever exists; others (layers kept in float32, quantised
-    weights) and buffers stay as they are.
+    Parameters are cast and moved while they are copied: nothing exists twice on the old device or
+    in the old dtype. With ``dtype``, floating-point parameters in the model's own dtype are cast;
+    others (layers kept in float32, quantised weights) and buffers keep theirs.
     """
-    memo: dict[int, nn.Parameter] = {}
+    memo: dict[int, Any] = {}
     own = getattr(model, "dtype", None)
-    if dtype is not None and dtype != own:
-        for param in model.parameters():
-            if type(param) is nn.Parameter and param.dtype == own:
-                memo[id(param)] = nn.Parameter(param.detach().to(dtype), requires_grad=False)
-    duplicate = copy.deepcopy(model, memo)
-    if memo and hasattr(base_causal_lm(duplicate), "config"):
-        base_causal_lm(duplicate).config.dtype = dtype
+    for param in model.parameters():
+        if type(param) is nn.Parameter:
+            target = dtype if param.dtype == own else None
+            values = param.detach().to(device=device, dtype=target, copy=True)
+            memo[id(param)] = nn.Parameter(values, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to(device=device, copy=True)
+    duplicate: Any = copy.deepcopy(model, memo)
+    lm: Any = base_causal_lm(duplicate)
+    if dtype is not None and hasattr(lm, "config"):
+        lm.config.dtype = dtype
     return duplicate.requires_grad_(False)

@@ -77,7 +77,7 @@ class DataCollatorForPreference:
         rows, starts = [], []
         for key in ("chosen_ids", "rejected_ids"):
             for example in examples:
-                ids, start = self._truncate(example["prompt_ids"], example[key])
+                ids, start = self.truncate(example["prompt_ids"], example[key])
                 rows.append(ids)
                 starts.append(start)
         output = self._pad(rows, np.array(starts))
@@ -86,14 +86,14 @@ class DataCollatorForPreference:
                 output[key] = torch.tensor([example[key] for example in examples])
         return output
 
-    def _truncate(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[list[int], int]:
-        """Token ids of one sequence and the position at which its completion starts."""
+    def truncate(self, prompt: Sequence[int], answer: Sequence[int]) -> tuple[list[int], int]:
+        """Token ids of one sequence and the position where its completion starts (or would)."""
         ids = [*prompt, *answer]
         excess = len(ids) - self.max_length if self.max_length is not None else 0
         if excess <= 0:
             return ids, len(prompt)
         if self.truncation_mode == "keep_start":
-            return ids[: self.max_length], min(len(prompt), len(ids) - excess)
+            return ids[: self.max_length], len(prompt)
         return ids[excess:], max(len(prompt) - excess, 0)
 
     def _pad(self, rows: list[list[int]], starts: np.ndarray) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_fast.batch import PlannedCollator
@@ -14,6 +14,7 @@ from tests.data.trl_side import trl_prepare
 from tests.tiny import tiny_preferences, tiny_tokenizer
 
 
+@example([(3, 2, 5)], 1, "keep_end")
 @given(
     st.lists(st.tuples(*[st.integers(0, 6)] * 3), min_size=1, max_size=6),
     st.one_of(st.none(), st.integers(1, 10)),
@@ -22,9 +23,12 @@ from tests.tiny import tiny_preferences, tiny_tokenizer
 def test_dropped_rows_are_those_the_collator_leaves_nothing_to_score(lengths, max_length, mode):
     collator = PlannedCollator(DataCollatorForPreference(0, max_length, mode))
     columns = [np.array(column) for column in zip(*lengths, strict=True)]
-    fault = Truncation(max_length, mode).fault(*columns)
-    for row, found in zip(tokens(*lengths), fault, strict=True):
+    truncation = Truncation(max_length, mode)
+    fault = truncation.fault(*columns)
+    counted = [truncation.scored(columns[0], answer) for answer in columns[1:]]
+    for i, (row, found) in enumerate(zip(tokens(*lengths), fault, strict=True)):
         scored_chosen, scored_rejected = collator([row])["seq_lens"]
+        assert (counted[0][i], counted[1][i]) == (scored_chosen, scored_rejected)
         assert (found >= 0) == (scored_chosen == 0 or scored_rejected == 0)
         if found == REASONS.index("the chosen answer has no token to score"):
             assert scored_chosen == 0

@@ -57,6 +57,8 @@ def standard(n: int = 12) -> list[dict[str, Any]]:
     rows[3] = {"prompt": "the riv", "chosen": "er carries", "rejected": "er paints"}
     rows[4]["prompt"] = ""
     rows[5]["chosen"] = EOS + " again"
+    rows[6] = {"prompt": "the riv", "chosen": " carries", "rejected": "er paints"}
+    rows[7] = {"prompt": "the riv", "chosen": "er carries", "rejected": " paints"}
     return rows
 
 

@@ -76,8 +76,8 @@ def suggestion(
     device, dtype = how
     freed = weight_bytes(second_model) if second_model is not None else 0
     once = reference_seconds(model, tokens, device, dtype)
+    saved, later = max(epochs - 1.0, 0.0) * once, epochs * once
     return (
-        f"reference='precomputed' would free {gib:.2f} GiB and save about "
-        f"{max(epochs - 1.0, 0.0) * once:,.0f} s in this run, {epochs * once:,.0f} s in each "
-        "further one (any learning rate, beta or loss)."
+        f"reference='precomputed' would free {size_text(freed)} and save about {saved:,.1f} s in "
+        f"this run and {later:,.1f} s in each further one (any learning rate, beta or loss)."
     )

@@ -33,6 +33,8 @@ REMOVED_FIELDS = {
 }
 
 REFERENCES = ("auto", "frozen", "adapter", "precomputed", "ema")
+REF_KEEP = ("auto", "path", "cpu", "none")
+EMA_ROUNDING = ("auto", "nearest", "stochastic", "shadow")
 TOKEN_STATS = ("log_steps", "every", "never")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
@@ -117,6 +119,14 @@ class DPOConfig(TrainingArguments):
         "auto", "auto, frozen, adapter, precomputed or ema; auto says what it chose and why."
     )
     ref_cache_dir: str | None = _option(None, "Folder of precomputed log-probs; None: the user cache.")
+    ref_keep: str = _option(
+        "auto",
+        "What stays of a precomputed reference for data to come: path, cpu, none; auto: the path if there is one.",
+    )
+    ref_ema_rounding: str = _option(
+        "auto",
+        "TR-DPO in bf16: stochastic (unbiased), shadow (fp32 copy) or nearest (loses small steps); auto: stochastic.",
+    )
     token_stats: str = _option(
         "log_steps", "When entropy, logits and token accuracy are computed: log_steps, every, never."
     )
@@ -147,6 +157,8 @@ class DPOConfig(TrainingArguments):
             ValueError: with the value, the rule and the remedy.
         """
         _one_of("reference", self.reference, REFERENCES)
+        _one_of("ref_keep", self.ref_keep, REF_KEEP)
+        _one_of("ref_ema_rounding", self.ref_ema_rounding, EMA_ROUNDING)
         _one_of("token_stats", self.token_stats, TOKEN_STATS)
         _one_of("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         if self.max_length is not None and self.max_length < 2:

@@ -10,10 +10,9 @@ import transformers
 from torch import Tensor, nn
 
 from dpo_fast.batch import PlannedCollator
+from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import DPOConfig, refuse_removed
 from dpo_fast.data.collate import DataCollatorForPreference
-from dpo_fast.losses import build_loss
-from dpo_fast.models import check_head, install_scoring, is_peft_model
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
 from dpo_fast.trainer import setup
@@ -100,75 +99,43 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
                 "model and ref_model are the same object, so the reference would move with the policy: omit ref_model, "
                 "and a copy is kept for you."
             )
-        self.probe_output_dir(args)
-        transformers.set_seed(args.seed)  # adapters are initialised at random
-        if isinstance(model, str):
-            model = setup.load_model(model, args, quantization_config)
-        else:
-            setup.refuse_load_arguments(args, quantization_config)
-        if isinstance(ref_model, str):
-            ref_model = setup.load_model(ref_model, args)
-        tokenizer = setup.resolve_tokenizer(processing_class, model, args)
-        adapter_is_new = peft_config is not None
-        if peft_config is not None:
-            model = setup.wrap_peft(model, peft_config, args)
-        if is_peft_model(model):
-            setup.prepare_peft(model, args)
-        setup.check_finite_weights(model, "policy")
-        self.loss = build_loss(
-            args.loss_type,
-            args.loss_weights,
-            beta=args.beta,
-            label_smoothing=args.label_smoothing,
-            f_divergence_type=args.f_divergence_type,
-            f_alpha_divergence_coef=args.f_alpha_divergence_coef,
-            discopop_tau=args.discopop_tau,
-            use_weighting=args.use_weighting,
+        probe_writable(args.output_dir)
+        parts = setup.build_parts(
+            model, ref_model, args, processing_class, quantization_config, peft_config
         )
-        self.router_aux_loss_coef = setup.moe_loss_weight(model, args)
-        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        self.loss = setup.build_objective_loss(args)
         plan = choose_reference(
             args,
-            model=model,
-            ref_model=ref_model,
-            adapter_is_new=adapter_is_new,
-            train_dataset=train_dataset,
-            needs_reference=self.loss.needs_reference,
-        )
-        self.configure_data(args, tokenizer)
-        train_dataset = self.prepare(train_dataset, "train")
-        eval_dataset = self.prepare_eval(eval_dataset)
-        collator = data_collator or DataCollatorForPreference(
-            pad_token_id=tokenizer.pad_token_id,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
-        )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PlannedCollator(collator),
+            model=parts.policy,
+            ref_model=parts.ref_model,
+            adapter_is_new=peft_config is not None,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=tokenizer,
+            needs_reference=self.loss.needs_reference,
+        )
+        self.configure_data(args, parts.tokenizer)
+        super().__init__(
+            model=parts.policy,
+            args=args,
+            data_collator=PlannedCollator(data_collator or _collator(args, parts.tokenizer)),
+            train_dataset=self.prepare(train_dataset, "train"),
+            eval_dataset=self.prepare_eval(eval_dataset),
+            processing_class=parts.tokenizer,
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self._refuse_data_parallel()
-        # The loss below is already the mean over the global batch: the base class must not scale it again.
+        # The loss is the share of a mean over the global batch already: the base class must not scale it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        if args.disable_dropout:
-            setup.disable_dropout(self.model)
-            if isinstance(ref_model, nn.Module):
-                setup.disable_dropout(ref_model)
-        install_scoring(self.model)
-        check_head(self.model)
+        self._warned_logits = False
+        self.router_aux_loss_coef = setup.moe_loss_weight(self.model, args)
+        self.aux_loss_enabled = self.router_aux_loss_coef != 0.0
+        self.objective = Objective(args, self.loss, self.router_aux_loss_coef)
         self.model.add_model_tags(list(self._tag_names))
         self.init_logs()
-        self.objective = Objective(args, self.loss, self.router_aux_loss_coef)
-        self.start_reference(plan)
+        self.start_reference(plan, parts.ref_model)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -283,3 +250,12 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
 def _short_name(model: Any) -> str:
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     return name.rstrip("/").split("/")[-1] or "model"
+
+
+def _collator(args: DPOConfig, tokenizer: Any) -> DataCollatorForPreference:
+    return DataCollatorForPreference(
+        pad_token_id=tokenizer.pad_token_id,
+        max_length=args.max_length,
+        truncation_mode=args.truncation_mode,
+        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
+    )

@@ -1,19 +1,79 @@
 """What happens to model, adapter and tokenizer before training: loading, wrapping, dropout, checks."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import set_seed
 
 from dpo_fast.config import DPOConfig
-from dpo_fast.models import is_peft_model
+from dpo_fast.losses import PreferenceLoss, build_loss
+from dpo_fast.models import check_head, install_scoring, is_peft_model
+from dpo_fast.reference.checks import check_finite
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("dpo_fast")
+
+
+class Parts(NamedTuple):
+    """What a training is made of, ready to run: the policy scores, dropout is off, tokenizer and configs agree."""
+
+    policy: nn.Module
+    ref_model: nn.Module | None
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def build_parts(
+    model: "str | nn.Module",
+    ref_model: "str | nn.Module | None",
+    args: DPOConfig,
+    processing_class: Any,
+    quantization_config: Any,
+    peft_config: "PeftConfig | None",
+) -> Parts:
+    """Load what is given by name, wrap it with adapters, check it.
+
+    Raises:
+        ValueError, TypeError: broken weights, a head that cannot be scored, contradicting arguments.
+    """
+    set_seed(args.seed)  # adapters are initialised at random
+    if isinstance(model, str):
+        model = load_model(model, args, quantization_config)
+    else:
+        refuse_load_arguments(args, quantization_config)
+    if isinstance(ref_model, str):
+        ref_model = load_model(ref_model, args)
+    tokenizer = resolve_tokenizer(processing_class, model, args)
+    if peft_config is not None:
+        model = wrap_peft(model, peft_config)
+    if is_peft_model(model):
+        prepare_peft(model, args)
+    check_finite(model, "policy")
+    if args.disable_dropout:
+        disable_dropout(model)
+        if ref_model is not None:
+            disable_dropout(ref_model)
+    install_scoring(model)
+    check_head(model)
+    return Parts(model, ref_model, tokenizer)
+
+
+def build_objective_loss(args: DPOConfig) -> PreferenceLoss:
+    """The loss that ``args`` names."""
+    return build_loss(
+        args.loss_type,
+        args.loss_weights,
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        f_divergence_type=args.f_divergence_type,
+        f_alpha_divergence_coef=args.f_alpha_divergence_coef,
+        discopop_tau=args.discopop_tau,
+        use_weighting=args.use_weighting,
+    )
 
 
 def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "PreTrainedModel":
@@ -54,7 +114,7 @@ def refuse_load_arguments(args: DPOConfig, quantization_config: Any) -> None:
         )
 
 
-def wrap_peft(model: nn.Module, peft_config: "PeftConfig", args: DPOConfig) -> nn.Module:
+def wrap_peft(model: nn.Module, peft_config: "PeftConfig") -> nn.Module:
     """``get_peft_model`` with the checks and the settings that TRL makes.
 
     Raises:
@@ -145,22 +205,6 @@ def disable_dropout(model: nn.Module) -> int:
         note = f", {lora} of them lora_dropout" if lora else ""
         logger.info("disable_dropout=True set %d dropout rates to 0%s.", len(changed), note)
     return len(changed)
-
-
-def check_finite_weights(model: nn.Module, what: str) -> None:
-    """Raise if a weight is NaN or infinite, before hours of training on it.
-
-    Raises:
-        ValueError: names the first such tensor.
-    """
-    for name, param in model.named_parameters():
-        if param.is_floating_point() and param.numel() and not param.is_meta:
-            # minimum and maximum of a tensor with a NaN are NaN
-            if not torch.isfinite(torch.stack(torch.aminmax(param.detach()))).all():
-                raise ValueError(
-                    f"The {what}'s weight {name!r} holds NaN or infinite values: the file or the step that made it is "
-                    "broken. Reload or repair the model before training on it."
-                )
 
 
 def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:

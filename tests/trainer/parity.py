@@ -4,6 +4,7 @@ Both get deep copies of one model, a perturbed reference, ragged rows, some of t
 """
 
 import copy
+import random
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -59,16 +60,18 @@ def perturbed(model: nn.Module, scale: float = 0.02, seed: int = 7) -> nn.Module
 
 
 def config_kwargs(**overrides: Any) -> dict[str, Any]:
-    """Arguments that both DPOConfigs take; 45 tokens truncate about a third of the rows."""
+    """Arguments that both DPOConfigs take; 24 tokens truncate about a third of the rows."""
     base = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "max_steps": 5,
         "learning_rate": 1e-3,
+        # at 1e-8 AdamW turns the rounding of gradients that are 0 in truth into whole updates
+        "adam_epsilon": 1e-6,
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
-        "max_length": 60,
+        "max_length": 24,
         "report_to": "none",
         "use_cpu": True,
         "bf16": False,
@@ -82,8 +85,17 @@ def config_kwargs(**overrides: Any) -> dict[str, Any]:
 
 
 def rows(n: int = 24, seed: int = 0) -> Dataset:
-    """Ragged preference rows, some longer than ``max_length``."""
-    return Dataset.from_list(tiny_preferences(n, seed))
+    """Ragged preference rows of few words, some longer than ``max_length``.
+
+    Short answers keep sums of log-probs near -100, where float32 resolves 1e-5: with longer ones the comparison would
+    measure rounding, of TRL's sums as much as of ours.
+    """
+    rng = random.Random(seed)
+    out = []
+    for row in tiny_preferences(n, seed):
+        cut = {"prompt": rng.randint(1, 5), "chosen": rng.randint(1, 6), "rejected": rng.randint(1, 6)}
+        out.append({key: " " + " ".join(row[key].split()[:words]) for key, words in cut.items()})
+    return Dataset.from_list(out)
 
 
 def train(
@@ -147,7 +159,8 @@ def assert_same_log(
             if key in skip:
                 continue
             assert key in mine and key in expected, (step, key, sorted(mine), sorted(expected))
-            bound = tolerance * max(1.0, abs(expected[key]))
+            # the norm of the gradient after steps of AdamW is no function of theirs that rounding leaves alone
+            bound = max(1.0, abs(expected[key])) * tolerance * (10 if key == "grad_norm" else 1)
             assert abs(mine[key] - expected[key]) <= bound, (step, key, mine[key], expected[key])
 
 

@@ -1,0 +1,68 @@
+"""Parity with TRL 1.16: divergences, length weights, WPO, several losses, experts, accumulation, evaluation."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_model
+from tests.trainer.cells import run_cell
+from tests.trainer.parity import (
+    assert_same_log,
+    both,
+    config_kwargs,
+    perturbed,
+    relative_update_error,
+    rows,
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js": {"f_divergence_type": "js_divergence", "loss_type": ["ipo"]},
+    "alpha": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+    "ld": {"ld_alpha": 0.4},
+    "ld_sft": {"ld_alpha": 0.4, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "wpo": {"use_weighting": True},
+    "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
+    "keep_end": {"truncation_mode": "keep_end"},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_option(name: str, tmp_path: Path) -> None:
+    ours, theirs = run_cell("frozen", OPTIONS[name], tmp_path)
+    # exponentials of log-ratios turn their absolute error (1e-5 near -100) into a relative one
+    exponential = name in ("forward_kl", "alpha")
+    assert_same_log(ours, theirs, 1e-4 if exponential else 1e-5)
+    assert relative_update_error(ours, theirs) <= 1e-3
+
+
+def test_mixture_of_experts() -> None:
+    model = tiny_model("qwen3_moe")
+    ours, theirs = both(model, ref_model=perturbed(model), config=config_kwargs(max_steps=3))
+    assert_same_log(ours, theirs)
+    for mine, expected in zip(ours.log, theirs.log, strict=True):
+        assert mine["aux_loss"] == pytest.approx(expected["aux_loss"], rel=1e-5)
+    assert relative_update_error(ours, theirs) <= 1e-3
+
+
+def test_evaluation() -> None:
+    model = tiny_model("llama")
+    ours, theirs = both(
+        model,
+        ref_model=perturbed(model),
+        config=config_kwargs(max_steps=2, eval_strategy="steps", eval_steps=1),
+        trainer_kwargs={"eval_dataset": {"a": rows(8, seed=5), "b": rows(4, seed=6)}},
+    )
+    for run in (ours, theirs):
+        run.log = [e for e in run.trainer.state.log_history if any("eval_" in k for k in e)]
+    assert len(ours.log) == len(theirs.log) == 4
+    for mine, expected in zip(ours.log, theirs.log, strict=True):
+        shared = {k for k in expected if k.startswith("eval_")}
+        assert shared <= mine.keys()
+        for key in shared:
+            if not key.endswith(("runtime", "per_second", "preparation_time")):
+                assert mine[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key

@@ -1,205 +1,44 @@
 """The exponential moving average of a reference model's weights (TR-DPO), in place, fused, exact.
 
-One value, one definition for every backend, so that C++ (any instruction set), CUDA, Triton and torch
-give the same bits:
+One definition of the value, so that C++ (any instruction set), CUDA, Triton and torch give the same
+bits:
 
     r, p    reference (its shadow where there is one) and policy, in float32
-    value = r - alpha * (r - p)          for alpha < 0.5      each operation rounded on its own;
-            p - (1 - alpha) * (p - r)    from 0.5 on          alpha, or 1 - alpha, rounded to float32
-            p                            at alpha = 1         alpha = 0 touches nothing
+    value = r - alpha * (r - p)          for alpha < 0.5; each operation rounded on its own,
+            p - (1 - alpha) * (p - r)    from 0.5 on;     alpha or 1 - alpha rounded to float32
+            p                            at alpha = 1;    alpha = 0 touches nothing
 
-These are torch.lerp's two forms, with the difference taken from the base, so that equal weights stay as
-they are to the last bit, the sign of a zero included. Where the value is not a number, reference and
-policy that are equal (the same infinity) or both NaN leave the reference unchanged, and anything else
-gives the canonical NaN.
+These are torch.lerp's two forms, with the difference taken from the base, so that equal weights
+stay as they are to the last bit, the sign of a zero included. Where the value is not a number, a
+reference equal to the policy (the same infinity) or NaN like it stays unchanged, and any other
+becomes the canonical NaN. Where either side is float64, the same is computed in float64.
 
-Rounding to a 16-bit reference: "nearest" rounds half to even. "stochastic" rounds a value between two
-neighbours up with a probability of its distance from the lower one, in 2**-16 of their gap (2**-13 for
-normal float16): it is unbiased, and a value that the type holds stays as it is. Values beyond the largest
-finite number round to nearest. float32 and float64 references are never rounded stochastically.
+Rounding to 16 bits: "nearest" rounds half to even. "stochastic" rounds a value between two
+neighbours up with the probability of its distance from the lower one, in units of 2**-16 of their
+distance (2**-13 for float16 above 2**-14): right on average, and a value that the type holds stays.
+In bits: bf16 is ``(float32 bits + random) >> 16``; float16 adds ``random >> 3`` below its last
+place, or, where it is subnormal, ``random`` to the magnitude in units of 2**-40. Values beyond the
+largest finite number round to nearest. References of float32 and float64 take no part.
 
-Random bits of the element at global position i (its tensor's offset plus its index in it): Philox4x32-10
-(Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+Random bits of the element at global position i (its tensor's offset plus its index in it):
 
-    words = philox(counter=(lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)), key=(lo32(seed), hi32(seed)))
-    bits  = (words[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFF
+    words = philox4x32_10(counter=(lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)),
+                          key=(lo32(seed), hi32(seed)))
+    random = (words[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFF
 
-so they depend on seed, step and position only: not on sharding, device, backend or thread count.
-
-A bf16 reference "bits + random >> 16" of the float32 bits; a float16 one adds ``random >> 3`` below its last
-place, and where it is subnormal ``random`` to the value in units of 2**-40.
+so they depend on seed, step and position, and not on sharding, device, backend or thread count.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_fast.backends.ema import Draw, EmaBackend, Entry, blend_of, choose
-from dpo_fast.functional.ema_checks import (
-    Named,
-    Tensors,
-    check_alpha,
-    check_lengths,
-    check_offsets,
-    check_overlap,
-    check_pair,
-    check_rounding,
-    check_same_parameters,
-    check_shadow,
-    check_tensor,
-    check_uint64,
-    check_written,
-    named,
-)
+from dpo_fast.functional.ema_checks import Tensors, check_tensor, named
+from dpo_fast.functional.ema_plan import EmaPlan, Rounding, ema_offsets
 
-Rounding = Literal["nearest", "stochastic"]
-
-
-class _Group(NamedTuple):
-    """The tensors of one device that one backend updates at once."""
-
-    backend: EmaBackend
-    prepared: Any
-
-
-class EmaPlan:
-    """The tables of an EMA, built once and used at every synchronisation.
-
-    Args:
-        refs: tensors to update in place, or a mapping of names to them; float64, float32, bfloat16 or
-            float16, in any mix; parameters that require a gradient are fine. Empty shards are skipped.
-        policies: the tensors to move towards: as many, of the same shapes and devices.
-        shadow: float32 masters, one for each 16-bit reference (None for float32 and float64 ones), see
-            :func:`make_shadow`. They are updated, then rounded into the references, whose own
-            values are not read.
-        offsets: global position of each tensor's first element, for the random bits of stochastic
-            rounding; default: :func:`ema_offsets` of the sizes. With shards: the offset of the whole
-            parameter plus where this shard begins.
-        backend: ``"auto"``, or ``"compiled"`` (C++, CUDA), ``"triton"``, ``"torch"`` by name.
-
-    The plan keeps the tensors alive. Storage that moved (``.to()``, ``.data = ...``) is noticed and the tables are
-    rebuilt; parameter objects that were *replaced* need a new plan.
-
-    Memory: 64 bytes a tensor and 4 bytes per 32768 elements, on the device.
-
-    Raises:
-        TypeError, ValueError: lists that do not match (the first difference is named), shapes or devices
-            that differ, tensors that are meta, sparse, of a type that cannot be averaged, a
-            DTensor, expanded; memory shared between two references, or reference and policy; a
-            shadow that does not fit.
-    """
-
-    def __init__(
-        self,
-        refs: Tensors,
-        policies: Tensors,
-        *,
-        shadow: Sequence[Tensor | None] | None = None,
-        offsets: Sequence[int] | None = None,
-        backend: str = "auto",
-    ) -> None:
-        check_same_parameters(refs, policies)
-        self._refs, self._policies = named(refs, "refs"), named(policies, "policies")
-        check_lengths(self._refs, self._policies)
-        self._shadow = None if shadow is None else list(shadow)
-        self._check_tensors()
-        sizes = [ref.numel() for ref in self._refs.tensors]
-        self._offsets = check_offsets(ema_offsets(sizes) if offsets is None else offsets, self._refs)
-        self._backend_name = backend
-        self._build()
-
-    def update_(
-        self, alpha: float, *, rounding: Rounding = "nearest", seed: int = 0, step: int = 0
-    ) -> None:
-        """Move every reference by ``alpha`` towards its policy; the arguments are :func:`ema_`'s."""
-        alpha = check_alpha(alpha)
-        check_rounding(rounding)
-        draw = Draw(check_uint64(seed, "seed"), check_uint64(step, "step"))
-        if alpha == 0.0:
-            return
-        if self._tensors_moved():
-            self._check_tensors()
-            self._build()
-        blend = blend_of(alpha)
-        for group in self._groups:
-            group.backend.run(group.prepared, blend, draw if rounding == "stochastic" else None)
-        torch.autograd.graph.increment_version(self._written)
-
-    @property
-    def traffic(self) -> int:
-        """Bytes an update reads and writes: 6 a parameter for bf16 beside bf16, 12 with a shadow."""
-        total = 0
-        for ref, policy, shadow, _ in self._entries:
-            masters = 2 * shadow.element_size() - ref.element_size() if shadow is not None else 0
-            each = 2 * ref.element_size() + policy.element_size() + masters
-            total += each * ref.numel()
-        return total
-
-    def describe(self) -> str:
-        """One line: how many tensors and elements, on which devices, through which backends."""
-        elements = sum(entry.ref.numel() for entry in self._entries)
-        backends = ", ".join(sorted({group.backend.name for group in self._groups})) or "none"
-        devices = ", ".join(sorted({str(entry.ref.device) for entry in self._entries})) or "none"
-        shadowed = " with fp32 shadow" if self._shadow is not None else ""
-        return (
-            f"EMA of {len(self._entries)} tensors, {elements} elements on {devices}{shadowed}: "
-            f"backend {backends}, {self.traffic / 1e9:.3g} GB an update"
-        )
-
-    def _check_tensors(self) -> None:
-        refs, policies = self._refs, self._policies
-        for ref, policy, ref_name, policy_name in zip(
-            refs.tensors, policies.tensors, refs.names, policies.names, strict=True
-        ):
-            check_tensor(ref, ref_name)
-            check_tensor(policy, policy_name)
-            check_written(ref, ref_name)
-            check_pair(ref, policy, ref_name, policy_name)
-        written = list(zip(refs.names, refs.tensors, strict=True))
-        if self._shadow is not None:
-            written += self._check_shadow(self._shadow)
-        check_overlap(written, list(zip(policies.names, policies.tensors, strict=True)))
-
-    def _check_shadow(self, shadow: list[Tensor | None]) -> list[tuple[str, Tensor]]:
-        refs = self._refs
-        if len(shadow) != len(refs.tensors):
-            raise ValueError(
-                f"shadow has {len(shadow)} entries and refs {len(refs.tensors)} tensors; "
-                "make_shadow(refs) builds the list"
-            )
-        for i, (master, ref) in enumerate(zip(shadow, refs.tensors, strict=True)):
-            check_shadow(master, f"shadow[{i}]", ref, refs.names[i])
-        return [(f"shadow[{i}]", t) for i, t in enumerate(shadow) if t is not None]
-
-    def _build(self) -> None:
-        """Tables, from tensors that were checked."""
-        count = len(self._refs.tensors)
-        shadow = self._shadow if self._shadow is not None else [None] * count
-        self._entries = [
-            Entry(ref.detach(), policy.detach(), None if s is None else s.detach(), offset)
-            for ref, policy, s, offset in zip(
-                self._refs.tensors, self._policies.tensors, shadow, self._offsets, strict=True
-            )
-            if ref.numel()
-        ]
-        self._written = [ref for ref in self._refs.tensors if ref.numel()]
-        self._written += [s for s in shadow if s is not None and s.numel()]
-        self._watched = [*self._refs.tensors, *self._policies.tensors]
-        self._watched += [s for s in shadow if s is not None]
-        self._addresses = [tensor.data_ptr() for tensor in self._watched]
-        parts: dict[tuple[torch.device, str], list[Entry]] = {}
-        for entry in self._entries:
-            name = self._backend_name if entry.native else "torch"
-            parts.setdefault((entry.ref.device, name), []).append(entry)
-        self._groups = []
-        for (device, name), entries in parts.items():
-            backend = choose(name, device)
-            self._groups.append(_Group(backend, backend.prepare(entries, device)))
-
-    def _tensors_moved(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._watched] != self._addresses
+__all__ = ["EmaPlan", "Rounding", "ema_", "ema_offsets", "make_shadow"]
 
 
 def ema_(
@@ -224,10 +63,10 @@ def ema_(
     Args:
         refs, policies, shadow, offsets, backend: see :class:`EmaPlan`.
         alpha: in [0, 1]; 1 copies the policy, 0 does nothing.
-        rounding: how 16-bit references are rounded. ``"nearest"`` loses every step smaller than half of
-            the gap to the next representable weight, so a bf16 reference stands still at a small alpha;
-            ``"stochastic"`` is right on average and needs no memory; ``shadow=`` is exact and costs four bytes a
-            parameter.
+        rounding: how 16-bit references are rounded. ``"nearest"`` loses every step smaller than
+            half of the gap to the next representable weight, so that a bf16 reference stands still
+            at a small alpha; ``"stochastic"`` is right on average and needs no memory; ``shadow=``
+            is exact and costs four bytes a parameter.
         seed, step: of stochastic rounding; pass the number of the synchronisation as step.
 
     Where policy and reference are equal, every bit of the reference stays, in all modes. Nothing is
@@ -243,19 +82,6 @@ def ema_(
     plan.update_(alpha, rounding=rounding, seed=seed, step=step)
 
 
-def ema_offsets(sizes: Iterable[int]) -> list[int]:
-    """Global position of the first element of each whole tensor of ``sizes`` elements.
-
-    The tensors follow each other, each on a multiple of 8: the random bits of eight elements come
-    from one counter.
-    """
-    offsets, at = [], 0
-    for size in sizes:
-        offsets.append(at)
-        at += -(-size // 8) * 8
-    return offsets
-
-
 def make_shadow(refs: Iterable[Tensor], *, pinned: bool = False) -> list[Tensor | None]:
     """Float32 masters of 16-bit references, None for the others.
 
@@ -263,9 +89,8 @@ def make_shadow(refs: Iterable[Tensor], *, pinned: bool = False) -> list[Tensor 
         refs: the references, as they are before the first update.
         pinned: keep the masters in pinned host memory instead of on the references' device.
     """
-    tensors: Named = named(list(refs), "refs")
     masters: list[Tensor | None] = []
-    for ref, name in zip(tensors.tensors, tensors.names, strict=True):
+    for ref, name in zip(*named(list(refs), "refs"), strict=True):
         check_tensor(ref, name)
         if ref.dtype in (torch.float32, torch.float64):
             masters.append(None)

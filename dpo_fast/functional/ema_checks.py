@@ -26,7 +26,9 @@ class Named(NamedTuple):
 def named(value: Tensors, argument: str) -> Named:
     """A list, a generator or a mapping of names to tensors."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{argument} is one tensor; pass a list of tensors, [tensor] for a single one")
+        raise TypeError(
+            f"{argument} is one tensor; pass a list of tensors, [tensor] for a single one"
+        )
     if isinstance(value, Mapping):
         names = [f"{argument}[{key!r}]" for key in value]
         tensors = list(value.values())
@@ -71,8 +73,8 @@ def check_tensor(tensor: Tensor, name: str) -> None:
     """A dense, materialised, floating tensor of plain storage."""
     if hasattr(tensor, "to_local"):
         raise TypeError(
-            f"{name} is a {type(tensor).__name__}; pass its local shard, tensor.to_local(), and where "
-            "the shard begins as offsets="
+            f"{name} is a {type(tensor).__name__}; pass its local shard, tensor.to_local(), and "
+            "where the shard begins as offsets="
         )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}; it must be dense: use .to_dense()")
@@ -90,21 +92,25 @@ def check_tensor(tensor: Tensor, name: str) -> None:
 def check_written(tensor: Tensor, name: str) -> None:
     """A tensor that is updated in place."""
     if tensor.is_inference():
-        raise ValueError(f"{name} was made in inference mode and cannot be updated; clone it outside")
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        raise ValueError(
+            f"{name} was made in inference mode and cannot be updated; clone it outside"
+        )
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         raise ValueError(f"{name} is expanded: several elements share one address; clone it first")
 
 
 def check_pair(ref: Tensor, policy: Tensor, ref_name: str, policy_name: str) -> None:
     if ref.shape != policy.shape:
         raise ValueError(
-            f"{ref_name} {_about(ref)} and {policy_name} {_about(policy)} differ in shape; pass the "
-            "same parameters in the same order"
+            f"{ref_name} {_about(ref)} and {policy_name} {_about(policy)} differ in shape; pass "
+            "the same parameters in the same order"
         )
     if ref.device != policy.device:
         raise ValueError(
-            f"{ref_name} is on {ref.device} and {policy_name} on {policy.device}; move the reference "
-            "to the policy's device"
+            f"{ref_name} is on {ref.device} and {policy_name} on {policy.device}; move the "
+            "reference to the policy's device"
         )
 
 
@@ -114,15 +120,15 @@ def check_shadow(shadow: Tensor | None, name: str, ref: Tensor, ref_name: str) -
         if ref.dtype in _WIDE:
             return
         raise ValueError(
-            f"{name} is None and {ref_name} has dtype {ref.dtype}; None stands for a reference that "
-            "needs no shadow (float32, float64): make_shadow(refs) builds the list"
+            f"{name} is None and {ref_name} has dtype {ref.dtype}; None stands for a reference "
+            "that needs no shadow (float32, float64): make_shadow(refs) builds the list"
         )
     check_tensor(shadow, name)
     check_written(shadow, name)
     if shadow.dtype != torch.float32 or ref.dtype == torch.float64:
         raise TypeError(
-            f"{name} has dtype {shadow.dtype} beside {ref_name} of {ref.dtype}; a shadow is float32, "
-            "and a float64 reference takes None"
+            f"{name} has dtype {shadow.dtype} beside {ref_name} of {ref.dtype}; a shadow is "
+            "float32, and a float64 reference takes None"
         )
     if shadow.shape != ref.shape:
         raise ValueError(f"{name} {_about(shadow)} must have the shape of {ref_name} {_about(ref)}")
@@ -141,7 +147,9 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * tensor.element_size()
 
 
-def check_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]) -> None:
+def check_overlap(
+    written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor]]
+) -> None:
     """No memory is written twice, or written and read as another tensor.
 
     Strided tensors count with everything between their first and last element.
@@ -172,7 +180,9 @@ def check_alpha(alpha: float) -> float:
         raise TypeError(f"alpha is {alpha!r}; it must be a number in [0, 1]")
     value = float(alpha)
     if math.isnan(value) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"alpha = {value} is outside [0, 1]: 0 keeps the reference, 1 copies the policy")
+        raise ValueError(
+            f"alpha = {value} is outside [0, 1]: 0 keeps the reference, 1 copies the policy"
+        )
     return value
 
 
@@ -197,8 +207,8 @@ def check_offsets(offsets: Sequence[int], refs: Named) -> list[int]:
     """Global positions of the first elements, one a tensor, within 63 bits."""
     if len(offsets) != len(refs.tensors):
         raise ValueError(
-            f"offsets has {len(offsets)} entries and refs {len(refs.tensors)} tensors; pass the global "
-            "position of the first element of each"
+            f"offsets has {len(offsets)} entries and refs {len(refs.tensors)} tensors; pass the "
+            "global position of the first element of each"
         )
     out = []
     for i, (offset, ref) in enumerate(zip(offsets, refs.tensors, strict=True)):
@@ -209,5 +219,3 @@ def check_offsets(offsets: Sequence[int], refs: Named) -> list[int]:
             )
         out.append(number)
     return out
-
-

@@ -73,7 +73,7 @@ class DataCollatorForPreference:
             )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        _check_rows(examples)
+        check_rows(examples)
         rows, starts = [], []
         for key in ("chosen_ids", "rejected_ids"):
             for example in examples:
@@ -114,7 +114,7 @@ class DataCollatorForPreference:
         }
 
 
-def _check_rows(examples: Sequence[dict[str, Any]]) -> None:
+def check_rows(examples: Sequence[dict[str, Any]]) -> None:
     if not examples:
         raise ValueError(
             "the data collator was called with no rows; a batch needs at least one pair"

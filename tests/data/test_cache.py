@@ -2,12 +2,17 @@
 
 import contextlib
 import json
+import multiprocessing
+import os
+import time
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, load_dataset
 
 from dpo_fast.data import PrepareReport, prepare_dataset
+from dpo_fast.data.ranks import main_process_first
 from dpo_fast.data.tokenize import RowTokenizer
 from tests.data.rows import tokens
 from tests.tiny import tiny_preferences, tiny_tokenizer
@@ -71,36 +76,53 @@ def test_processes_give_the_same_rows():
     assert shared._fingerprint == alone._fingerprint
 
 
-def test_the_main_process_goes_first_under_a_distributed_launch(monkeypatch):
-    import accelerate
-    import torch
+def _take_turns(rank: int, folder: str, failing: int) -> None:
+    """One process of a launch on two nodes of two: writes down when its turn was."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4
+    )
+    os.environ["LOCAL_RANK"] = str(rank % 2)
+    with contextlib.suppress(ZeroDivisionError), main_process_first():
+        begun = time.monotonic()
+        time.sleep(0.1)
+        with open(f"{folder}/{rank}", "w") as file:
+            file.write(f"{begun} {time.monotonic()}")
+        1 / (rank - failing)
+    torch.distributed.destroy_process_group()
 
-    order: list[str] = []
 
-    class State:
-        @contextlib.contextmanager
-        def main_process_first(self) -> Any:
-            order.append("main")
-            yield
+@pytest.mark.parametrize("failing", [-1, 0, 2])
+def test_the_main_processes_go_first(tmp_path, failing):
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_take_turns, args=(rank, str(tmp_path), failing))
+        for rank in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    times = [tuple(map(float, (tmp_path / str(rank)).read_text().split())) for rank in range(4)]
+    begun, ended = zip(*times, strict=True)
+    assert ended[0] <= begun[2] and ended[2] <= min(begun[1], begun[3])
 
-        @contextlib.contextmanager
-        def local_main_process_first(self) -> Any:
-            order.append("local main")
-            yield
 
-    monkeypatch.setattr(accelerate, "PartialState", State)
-    dataset = Dataset.from_list(tiny_preferences(2))
-    prepare_dataset(dataset, tiny_tokenizer())
-    assert order == []
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    prepare_dataset(dataset, tiny_tokenizer())
-    assert order == ["main", "local main"]
+def test_tokenising_waits_its_turn(monkeypatch, calls):
+    turns: list[int] = []
+
+    @contextlib.contextmanager
+    def turn() -> Any:
+        turns.append(len(calls))
+        yield
+        turns.append(len(calls))
+
+    monkeypatch.setattr("dpo_fast.data.prepare.main_process_first", turn)
+    prepare_dataset(Dataset.from_list(tiny_preferences(5)), tiny_tokenizer())
+    assert turns == [0, 5]
 
 
 def test_only_rank_0_warns(monkeypatch, caplog):
-    import torch
-
     dataset = Dataset.from_list(tokens((9, 1, 1), (1, 1, 1)))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank, said in ((1, 0), (0, 1)):

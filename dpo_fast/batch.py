@@ -1,7 +1,7 @@
 """Which hidden states predict which completion tokens: the only shift by one in the library.
 
-P pairs, S = 2P sequences (all chosen first, then all rejected), T padded length, N scored tokens,
-H hidden.
+P pairs, S = 2P sequences (all chosen first, then all rejected), B rows of a batch (S where they are
+padded), T their length, N scored tokens, H hidden.
 
 A causal language model predicts the token at position t from the hidden state at position t - 1. A
 completion token at position 0 (an empty prompt) has no predecessor and is not scored, as in TRL.
@@ -18,6 +18,11 @@ from torch import Tensor
 
 # What PlannedCollator adds to a batch. "pair_index" comes first in the dict: see PlannedCollator.
 PLAN_KEYS = ("pair_index", "token_index", "target", "cu_seqlens", "seq_lens", "completion_lens")
+# Host numbers of a batch: tokens by TRL's definition (attended positions of the padded rows, the
+# prompt in both), positions of the padded rows, and positions that the model computes.
+COUNT_KEYS = ("num_tokens", "padded_tokens", "executed_tokens")
+# The dpo_fast.layouts.Segments of a packed batch, an argument of the model's attention.
+SEGMENTS_KEY = "pair_segments"
 IGNORE_INDEX = -100
 
 
@@ -112,8 +117,8 @@ class PlannedCollator:
             ``labels`` key (-100 outside of the completions) is accepted in place of
             ``completion_mask`` and replaced by it.
 
-    Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, and
-    the keys of :func:`plan_tokens`. ``pair_index`` comes first because transformers takes the first
+    Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, the
+    keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because transformers takes the first
     tensor's first dimension as the batch size: evaluation losses are thus weighted by pairs.
 
     Raises:
@@ -129,24 +134,28 @@ class PlannedCollator:
         plan = plan_tokens(batch["input_ids"], completion_mask)
         kept = {key: value for key, value in batch.items() if key != "labels"}
         kept["completion_mask"] = completion_mask
-        return {"pair_index": torch.arange(len(plan["seq_lens"]) // 2), **kept, **plan}
+        size = completion_mask.numel()
+        attended = int(kept["attention_mask"].sum()) if "attention_mask" in kept else size
+        counts = dict(zip(COUNT_KEYS, (attended, size, size), strict=True))
+        return {"pair_index": torch.arange(len(plan["seq_lens"]) // 2), **kept, **plan, **counts}
 
     def __repr__(self) -> str:
         return f"PlannedCollator({self.collator!r})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenPlan:
     """The scored tokens of one batch. Tensors on one device, lists on the host.
 
     Attributes:
-        token_index: ``[N]`` int64, flat position in ``[S * T]`` that predicts each scored token.
+        token_index: ``[N]`` int64, flat position in ``[B * T]`` that predicts each scored token.
         target: ``[N]`` int64, the scored tokens.
         cu_seqlens: ``[S + 1]`` int64, bounds of the sequences in the N tokens.
         seq_lens: S ints, scored tokens of each sequence.
         completion_lens: S ints, completion tokens of each sequence (unshifted; what IPO and
             length-normalised losses divide by).
         width: T of the batch that ``token_index`` refers to.
+        rows: B, its rows: S of padded rows, 1 of packed ones.
     """
 
     token_index: Tensor
@@ -155,6 +164,7 @@ class TokenPlan:
     seq_lens: Sequence[int]
     completion_lens: Sequence[int]
     width: int
+    rows: int
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "TokenPlan":
@@ -177,6 +187,7 @@ class TokenPlan:
             seq_lens=plan["seq_lens"],
             completion_lens=plan["completion_lens"],
             width=batch["input_ids"].shape[1],
+            rows=batch["input_ids"].shape[0],
         )
 
     @property
@@ -215,20 +226,20 @@ class TokenPlan:
         prompts. Differentiable to ``hidden_states``; no host sync.
 
         Args:
-            hidden_states: ``[S, T', H]``. T' > T is what prompt-learning adapters return, which
+            hidden_states: ``[B, T', H]``. T' > T is what prompt-learning adapters return, which
                 prepend virtual tokens: the last T positions belong to the batch's tokens.
 
         Returns:
             ``[N, H]`` in the dtype of ``hidden_states``.
 
         Raises:
-            ValueError: ``hidden_states`` is not ``[S, T', H]`` with T' >= T.
+            ValueError: ``hidden_states`` is not ``[B, T', H]`` with T' >= T.
         """
         shape = tuple(hidden_states.shape)
-        if len(shape) != 3 or shape[0] != self.num_sequences or shape[1] < self.width:
+        if len(shape) != 3 or shape[0] != self.rows or shape[1] < self.width:
             raise ValueError(
                 f"hidden_states {shape} do not belong to this batch: expected "
-                f"[{self.num_sequences}, T, H] with T = {self.width} (or more, when an adapter "
+                f"[{self.rows}, T, H] with T = {self.width} (or more, when an adapter "
                 "prepends virtual tokens)"
             )
         index = self.token_index.to(hidden_states.device, non_blocking=True)

@@ -98,8 +98,8 @@ class HeadBackend(Protocol):
     ) -> HeadForward:
         """Log-probs of all rows. ``store``: probabilities may be kept for ``backward``.
 
-        ``buffer``: uint8 memory of at least ``N * row_bytes`` to keep them in; the caller then
-        promises to call ``backward`` before it uses the buffer again.
+        ``buffer``: uint8 scratch of at least ``N * row_bytes``. What ``store`` keeps goes there;
+        the caller promises not to use it again before ``backward`` has run.
         """
         ...
 

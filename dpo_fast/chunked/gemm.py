@@ -48,9 +48,12 @@ def add_lora_logits(out: Tensor, xa: Tensor, b: Tensor, scale: float) -> None:
         out[:, start:stop].addmm_(xa, tile.t(), alpha=scale)
 
 
-def times_weight(e: Tensor, weight: Tensor) -> Tensor:
-    """``e [n, V] @ weight [V, H]``, wide."""
-    out = e.new_zeros(e.shape[0], weight.shape[1])
+def times_weight(e: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out [n, H] = e [n, V] @ weight [V, H]``; all but the weight are wide."""
+    first = True
     for start, stop, tile in wide_tiles(weight, e.dtype):
-        out.addmm_(e[:, start:stop], tile)
-    return out
+        if first:
+            torch.mm(e[:, start:stop], tile, out=out)
+        else:
+            out.addmm_(e[:, start:stop], tile)
+        first = False

@@ -183,7 +183,13 @@ def _score_group(
     if job.reference is not None:
         ref_hidden, ref_head = job.reference
         found = backend.forward(
-            group.take(ref_hidden), ref_head, target, needs=Needs(), outputs=(), store=False
+            group.take(ref_hidden),
+            ref_head,
+            target,
+            needs=Needs(),
+            outputs=(),
+            store=False,
+            buffer=memory,
         )
         ref_logps = _sums(found.result.logps, scored, weight, borders)
     elif job.ref_logps is not None:

@@ -118,8 +118,9 @@ class PlannedCollator:
             ``completion_mask`` and replaced by it.
 
     Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, the
-    keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because transformers takes the first
-    tensor's first dimension as the batch size: evaluation losses are thus weighted by pairs.
+    keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because
+    transformers takes the first tensor's first dimension as the batch size: evaluation losses are
+    thus weighted by pairs.
 
     Raises:
         ValueError: when called, if the collator's batch lacks the keys, naming those seen.

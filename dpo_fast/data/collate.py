@@ -73,6 +73,10 @@ class DataCollatorForPreference:
             )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return self.torch_call(examples)
+
+    def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch; the method that subclasses of TRL's collator extend."""
         check_rows(examples)
         rows, starts = [], []
         for key in ("chosen_ids", "rejected_ids"):

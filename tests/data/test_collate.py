@@ -102,6 +102,15 @@ def test_trls_positional_arguments():
     assert (ours.max_length, ours.truncation_mode, ours.pad_to_multiple_of) == (4, "keep_end", 8)
 
 
+def test_subclasses_extend_torch_call_as_with_trls():
+    class WithLengths(DataCollatorForPreference):
+        def torch_call(self, examples):
+            return super().torch_call(examples) | {"lengths": [len(e) for e in examples]}
+
+    batch = WithLengths(pad_token_id=0)(ROWS)
+    assert batch["lengths"] == [3, 3] and batch["input_ids"].shape == (4, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

@@ -14,12 +14,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from dpo_fast.batch import PLAN_KEYS, TokenPlan
+from dpo_fast.batch import COUNT_KEYS, PLAN_KEYS, SEGMENTS_KEY, TokenPlan
 from dpo_fast.models.head import Head, base_causal_lm, head_of
 
 _ORIGINAL = "_dpo_fast_original_forward"
 # Keys of a batch that are not the model's.
-NON_MODEL_KEYS = (*PLAN_KEYS, "completion_mask", "labels", "ref_chosen_logps", "ref_rejected_logps")
+NON_MODEL_KEYS = (
+    *PLAN_KEYS,
+    *COUNT_KEYS,
+    "completion_mask",
+    "labels",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+)
 
 
 class ScoredOutput(NamedTuple):
@@ -45,11 +52,12 @@ def install_scoring(model: nn.Module) -> None:
         self: nn.Module,
         *args: Any,
         scoring: Callable[[Tensor, Head], Any] | None = None,
+        router_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if scoring is None:
             return getattr(self, _ORIGINAL)(*args, **kwargs)
-        return _run_scored(self, args, kwargs, scoring)
+        return _run_scored(self, args, kwargs, scoring, router_mask)
 
     # `generate` validates its arguments against the forward's signature.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -84,6 +92,12 @@ def forward_scored(
     inputs["use_cache"] = False
     if aux_loss:
         inputs["output_router_logits"] = True
+        inputs["router_mask"] = batch.get("attention_mask")
+    if SEGMENTS_KEY in batch:
+        # Who sees whom is in the segments: transformers hands a 4-D mask on as it is, while from a
+        # 2-D mask it would build L x L, and from position_ids alone it would cut answers off their
+        # shared prompt.
+        inputs["attention_mask"] = batch["attention_mask"].new_ones((1, 1, 1, 1))
 
     def scoring(hidden_states: Tensor, head: Head) -> Any:
         # With `device_map` the backbone may end on another device than the head.
@@ -93,14 +107,25 @@ def forward_scored(
 
 
 def _run_scored(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], scoring: Callable[[Tensor, Head], Any]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    scoring: Callable[[Tensor, Head], Any],
+    router_mask: Tensor | None,
 ) -> ScoredOutput:
     lm = base_causal_lm(model)
+    implementation = lm.config._attn_implementation
+    if SEGMENTS_KEY in kwargs and not str(implementation).startswith("dpo_fast"):
+        raise RuntimeError(
+            f"{type(lm).__name__} got packed rows, but its attention is {implementation!r}, which would mix the "
+            "sequences: run it inside dpo_fast.layouts.segment_attention_in(model)."
+        )
     outputs = lm.base_model(*args, **kwargs)
     value = scoring(outputs[0], head_of(lm))
     aux = None
     if kwargs.get("output_router_logits"):
-        aux = _load_balancing_loss(lm, outputs.router_logits, kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask") if router_mask is None else router_mask
+        aux = _load_balancing_loss(lm, outputs.router_logits, mask)
     return ScoredOutput(value, aux)
 
 

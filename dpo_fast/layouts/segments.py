@@ -1,0 +1,171 @@
+"""Which tokens of a packed row see which: the description that every attention function reads.
+
+L tokens of the row, G segments. A *segment* is a run of queries with the keys they may see: a
+prefix that lies elsewhere in the row (the shared prompt), then the run itself, causally. A plain
+sequence is a segment without prefix; of a pair that shares its prompt, ``[prompt | chosen]`` is one
+segment, and ``[rejected]`` is another one whose prefix is the prompt. The i-th query of a segment
+is at position ``prefix_length + i`` of its sequence.
+"""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Segment(NamedTuple):
+    """Queries ``[start, start + length)`` with their keys.
+
+    They see ``[prefix_start, prefix_start + prefix_length)`` and, causally, each other.
+    """
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @property
+    def num_keys(self) -> int:
+        return self.prefix_length + self.length
+
+
+class VarlenIndex(NamedTuple):
+    """What a variable-length attention kernel needs; tensors on one device.
+
+    ``cu_q``, ``cu_k`` ``[G + 1]`` int32; ``key_index`` ``[sum of keys]`` int64, where the keys of
+    the segments are, or None where they are the row itself; ``max_q``, ``max_k`` host ints.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    key_index: Tensor | None
+    max_q: int
+    max_k: int
+
+
+class Segments:
+    """The segments of one row of L tokens, in order, without gaps; made once a batch, on the host.
+
+    It travels through the model as a keyword argument. Derived tensors (masks, indices, block
+    masks) are built at the first layer that asks and kept for the others.
+
+    Args:
+        spans: the segments; together they cover ``[0, L)`` in order.
+
+    Raises:
+        ValueError: a gap, an empty segment, or a prefix that does not start an earlier segment
+            without prefix.
+    """
+
+    # A plain class: engines rebuild dataclasses and tuples that they find in a model's arguments.
+    __slots__ = ("_derived", "spans")
+
+    def __init__(self, spans: Iterable[Segment]) -> None:
+        self.spans: tuple[Segment, ...] = tuple(spans)
+        self._derived: dict[Hashable, Any] = {}
+        roots: dict[int, int] = {}
+        expected = 0
+        for span in self.spans:
+            if span.start != expected or span.length < 1:
+                raise ValueError(
+                    f"segment {tuple(span)} must start at {expected} and hold a token or more: "
+                    "segments cover the row in order, without gaps"
+                )
+            if span.prefix_length and span.prefix_length > roots.get(span.prefix_start, 0):
+                raise ValueError(
+                    f"the prefix of segment {tuple(span)} must be the start of an earlier segment "
+                    "that has none"
+                )
+            if not span.prefix_length:
+                roots[span.start] = span.length
+            expected = span.stop
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.spans[-1].stop if self.spans else 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """Queries of each segment."""
+        return [span.length for span in self.spans]
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether any segment sees a prefix that lies elsewhere in the row."""
+        return any(span.prefix_length for span in self.spans)
+
+    def derived(self, key: Hashable, build: Callable[[], T]) -> T:
+        """``build()``, once for this batch."""
+        if key not in self._derived:
+            # A reference pass in inference mode may ask first; autograd must be able to save it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._derived[key] = build()
+        return self._derived[key]
+
+    def __getstate__(self) -> tuple[Segment, ...]:
+        return self.spans
+
+    def __setstate__(self, state: tuple[Segment, ...]) -> None:
+        self.spans, self._derived = state, {}
+
+    def __repr__(self) -> str:
+        return f"Segments({len(self.spans)} segments, {self.length} tokens)"
+
+
+def segment_mask(
+    span: Segment, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Additive mask ``[length, num_keys]``: 0 where a query of a segment sees a key, else -inf.
+
+    ``window``: a query sees the keys at distance 0 to ``window - 1``, by position.
+    """
+    query = torch.arange(span.prefix_length, span.num_keys, device=device)
+    distance = query[:, None] - torch.arange(span.num_keys, device=device)
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    mask = torch.zeros(distance.shape, dtype=dtype, device=device)
+    return mask.masked_fill_(hidden, float("-inf"))
+
+
+def varlen_index(segments: Segments, device: torch.device) -> VarlenIndex:
+    """Cumulative lengths of queries and keys, and where the keys are."""
+    num_keys = [span.num_keys for span in segments.spans]
+    key_index = None
+    if segments.has_prefix:
+        runs = [
+            run
+            for span in segments.spans
+            for run in (
+                np.arange(span.prefix_start, span.prefix_start + span.prefix_length),
+                np.arange(span.start, span.stop),
+            )
+        ]
+        key_index = _to(np.concatenate(runs), device)
+    return VarlenIndex(
+        cu_q=_to(_cumulative(segments.lengths), device),
+        cu_k=_to(_cumulative(num_keys), device),
+        key_index=key_index,
+        max_q=max(segments.lengths),
+        max_k=max(num_keys),
+    )
+
+
+def _cumulative(lengths: list[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

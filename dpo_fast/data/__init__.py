@@ -2,7 +2,7 @@
 
 from dpo_fast.data.collate import DataCollatorForPreference
 from dpo_fast.data.load import load_preferences
-from dpo_fast.data.prepare import prepare_dataset, prepare_eval_dataset
+from dpo_fast.data.prepare import prepare_dataset
 from dpo_fast.data.report import PrepareReport
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "PrepareReport",
     "load_preferences",
     "prepare_dataset",
-    "prepare_eval_dataset",
 ]

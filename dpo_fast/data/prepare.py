@@ -79,38 +79,6 @@ def prepare_dataset(
     return _drop(dataset, truncation, name, count, example)
 
 
-def prepare_eval_dataset(
-    dataset: Any,
-    processing_class: Any,
-    *,
-    max_length: int | None = 1024,
-    truncation_mode: str = "keep_start",
-    num_proc: int | None = None,
-) -> tuple[Any, dict[str, PrepareReport]]:
-    """:func:`prepare_dataset` for one evaluation set, or for each of a dict of them.
-
-    Args:
-        dataset: a dataset, a dict of name to dataset (``DatasetDict`` included), or None.
-        processing_class: as in :func:`prepare_dataset`, and so are the arguments that follow.
-
-    Returns:
-        The dataset or dict of datasets (None for None), and the reports by name ("eval" for one).
-    """
-    if dataset is None:
-        return None, {}
-    datasets, reports = {}, {}
-    for name, one in (dataset if isinstance(dataset, dict) else {"eval": dataset}).items():
-        datasets[name], reports[name] = prepare_dataset(
-            one,
-            processing_class,
-            max_length=max_length,
-            truncation_mode=truncation_mode,
-            num_proc=num_proc,
-            name=name,
-        )
-    return (datasets if isinstance(dataset, dict) else datasets["eval"]), reports
-
-
 def _is_stream(dataset: Any) -> bool:
     from datasets import IterableDataset
 

@@ -1,11 +1,10 @@
-"""Preparation of whole datasets: given token columns, what is refused, evaluation sets."""
+"""Preparation of whole datasets: given token columns, and what is refused."""
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from dpo_fast.data import prepare_dataset, prepare_eval_dataset
+from dpo_fast.data import prepare_dataset
 from tests.data.rows import IDS, tokens
-from tests.data.trl_side import trl_prepare
 from tests.tiny import tiny_preferences, tiny_tokenizer
 
 
@@ -141,21 +140,3 @@ def test_datasets_with_a_format():
     transformed = Dataset.from_list(rows).with_transform(lambda batch: batch)
     with pytest.raises(ValueError, match="set_transform"):
         prepare_dataset(transformed, tiny_tokenizer())
-
-
-def test_evaluation_sets():
-    tokenizer = tiny_tokenizer()
-    one = Dataset.from_list(tiny_preferences(6))
-    chats = Dataset.from_list(tiny_preferences(5, conversational=True))
-    prepared, reports = prepare_eval_dataset(one, tokenizer, max_length=None)
-    assert prepared.to_list() == trl_prepare(one, tokenizer, None).to_list()
-    assert reports["eval"].rows_out == 6
-    prepared, reports = prepare_eval_dataset(DatasetDict(a=one, b=chats), tokenizer)
-    assert list(prepared) == list(reports) == ["a", "b"]
-    assert prepared["b"].to_list() == trl_prepare(chats, tokenizer).to_list()
-    assert reports["b"].name == "b"
-    mixed, _ = prepare_eval_dataset({"s": one.to_iterable_dataset(), "d": one}, tokenizer)
-    assert list(mixed["s"]) == mixed["d"].to_list()
-    assert prepare_eval_dataset(None, tokenizer) == (None, {})
-    with pytest.raises(TypeError, match="the x dataset is a list"):
-        prepare_eval_dataset({"x": [1]}, tokenizer)

@@ -129,6 +129,14 @@ def test_no_host_sync(name, divergence):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_rewards_carry_no_gradient(name):
+    vectors = [x.requires_grad_() for x in make_vectors()]
+    output = build(name)(*vectors, stats=make_stats())
+    assert not output.chosen_rewards.requires_grad
+    assert not output.rejected_rewards.requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_one_graph_under_compile(name):
     loss = build(name)
     vectors, stats = make_vectors(dtype=torch.float32), make_stats(dtype=torch.float32)

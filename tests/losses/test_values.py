@@ -4,6 +4,7 @@ The log-ratios are ln 2 (chosen) and -ln 2 (rejected), so that with beta = 1 the
 and 1/3, and that of the margin ln 4 is 4/5. The lengths are 2 and 4.
 """
 
+import dataclasses
 from math import log, log1p, sqrt
 
 import pytest
@@ -30,10 +31,10 @@ EXPECTED = {
     "exo_pair": ({"label_smoothing": 0.1}, 0.8 * log(0.8 / 0.9) + 0.2 * log(0.2 / 0.1)),
     "nca_pair": ({}, log(3 / 2) + log(3) / 2 + log(3 / 2) / 2),
     "bco_pair": ({}, 2 * log(3 / 2)),
-    "sppo_hard": ({}, 2 * (LN2 - 0.5) ** 2),
+    "sppo_hard": ({"beta": 0.5}, 2 * (LN2 - 1) ** 2),
     "apo_zero": ({}, 1 / 3 + 1 / 3),
     "apo_down": ({}, 2 / 3 + 1 / 5),
-    "discopop": ({"discopop_tau": 1.0}, 0.2 * log(5 / 4) + 0.8 * 0.25),
+    "discopop": ({"discopop_tau": 0.5}, log(5 / 4) / 17 + (16 / 17) / 4),
     "sft": ({}, 3 * 6 / 9),
     # one pair: the sort does nothing
     "aot": ({"label_smoothing": 0.2}, 0.8 * log(5 / 4) + 0.2 * log(5)),
@@ -157,5 +158,10 @@ def test_the_mean_of_sft_over_the_global_batch_is_the_mean_over_its_tokens():
     assert total.item() / 3 == pytest.approx(15 / 10)
     counted = PairStats(lens, lens, nll, num_pairs=torch.tensor(6), num_chosen_tokens=20)
     assert losses.sft(zeros, zeros, stats=counted).losses.tolist() == pytest.approx([0.9, 1.5, 2.1])
+    third = PairStats(lens, lens, nll.double(), num_chosen_tokens=torch.tensor(3))
+    assert losses.sft(zeros, zeros, stats=third).losses[1].item() == 5.0
+    seventh = dataclasses.replace(third, num_chosen_tokens=torch.tensor(7))
+    exact = losses.sft(zeros, zeros, stats=seventh).losses[1].item()
+    assert exact == pytest.approx(15 / 7, rel=1e-15), "the ratio of the counts is not float32"
     empty = PairStats(zeros, zeros, chosen_nll_sum=zeros)
     assert losses.sft(zeros, zeros, stats=empty).losses.tolist() == [0.0, 0.0, 0.0]

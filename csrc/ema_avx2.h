@@ -51,10 +51,6 @@ EMA_AVX2_INLINE __m256 widen(RawOf<D> raw) {
   else return _mm256_cvtph_ps(raw);
 }
 
-EMA_AVX2_INLINE __m256i load_random(const uint16_t* random) {
-  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(random)));
-}
-
 // The low halves of eight 32-bit lanes, all of them below 2^16.
 EMA_AVX2_INLINE __m128i low_halves(__m256i lanes) {
   return _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
@@ -114,34 +110,47 @@ EMA_AVX2_INLINE bool finite(__m256 value) {
 }
 
 using Bits = __m256i;
+constexpr int kDrawn = 32;  // elements that one draw serves: four counters
 
-// Random bits of num_groups counters from group on: 8 * num_groups values, num_groups a multiple of 4.
-EMA_AVX2 static void fill_random(uint64_t group, int num_groups, const PhiloxKey& key, uint16_t* out) {
+// What every draw of a span needs: the keys of all rounds, and the step.
+struct Drawer {
+  __m256i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi;
+};
+
+EMA_AVX2_INLINE Drawer prepare_draw(const PhiloxKey& key) {
+  Drawer drawer;
+  uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    drawer.k0[round] = _mm256_set1_epi64x(k0);
+    drawer.k1[round] = _mm256_set1_epi64x(k1);
+  }
+  drawer.step_lo = _mm256_set1_epi64x(key.step_lo);
+  drawer.step_hi = _mm256_set1_epi64x(key.step_hi);
+  return drawer;
+}
+
+// Random bits of the elements 8 * group ... 8 * group + 31, eight a vector, each in 32 bits.
+EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, __m256i out[4]) {
   // Four counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
-  const __m256i low = _mm256_set1_epi64x(0xFFFFFFFF);
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);  // undone by the two unpacks below
-  for (int g = 0; g < num_groups; g += 4) {
-    const __m256i counter = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(group) + g), order);
-    __m256i c0 = counter, c1 = _mm256_srli_epi64(counter, 32);
-    __m256i c2 = _mm256_set1_epi64x(key.step_lo), c3 = _mm256_set1_epi64x(key.step_hi);
-    uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
-#pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const __m256i product0 = _mm256_mul_epu32(c0, m0), product1 = _mm256_mul_epu32(c2, m1);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), _mm256_set1_epi64x(k0));
-      c1 = product1;
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), _mm256_set1_epi64x(k1));
-      c3 = product0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
-    }
-    const __m256i first = _mm256_or_si256(_mm256_and_si256(c0, low), _mm256_slli_epi64(c1, 32));
-    const __m256i second = _mm256_or_si256(_mm256_and_si256(c2, low), _mm256_slli_epi64(c3, 32));
-    __m256i* target = reinterpret_cast<__m256i*>(out + 8 * g);
-    _mm256_storeu_si256(target, _mm256_unpacklo_epi64(first, second));
-    _mm256_storeu_si256(target + 1, _mm256_unpackhi_epi64(first, second));
+  __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(group)), order);
+  __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = drawer.step_lo, c3 = drawer.step_hi;
+#pragma GCC unroll 8
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const __m256i product0 = _mm256_mul_epu32(c0, m0), product1 = _mm256_mul_epu32(c2, m1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product1, 32), c1), drawer.k0[round]);
+    c1 = product1;
+    c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(product0, 32), c3), drawer.k1[round]);
+    c3 = product0;
   }
+  const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
+  const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
+  const __m256i low32 = _mm256_unpacklo_epi64(first, second), high32 = _mm256_unpackhi_epi64(first, second);
+  out[0] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(low32));
+  out[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(low32, 1));
+  out[2] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(high32));
+  out[3] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(high32, 1));
 }
 
 }  // namespace dpo_fast::avx2

@@ -51,10 +51,6 @@ EMA_AVX512_INLINE __m512 widen(RawOf<D> raw) {
   else return _mm512_cvtph_ps(raw);
 }
 
-EMA_AVX512_INLINE __m512i load_random(const uint16_t* random) {
-  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(random)));
-}
-
 template <bool kStochastic>
 EMA_AVX512_INLINE __m256i narrow_bf16(__m512i bits, __m512i random) {
   __m512i addend = random;
@@ -109,33 +105,48 @@ EMA_AVX512_INLINE bool finite(__m512 value) {
 }
 
 using Bits = __m512i;
+constexpr int kDrawn = 64;  // elements that one draw serves: eight counters
 
-// Random bits of num_groups counters from group on: 8 * num_groups values, num_groups a multiple of 8.
-EMA_AVX512 static void fill_random(uint64_t group, int num_groups, const PhiloxKey& key, uint16_t* out) {
+// What every draw of a span needs: the keys of all rounds, and the step.
+struct Drawer {
+  __m512i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi;
+};
+
+EMA_AVX512_INLINE Drawer prepare_draw(const PhiloxKey& key) {
+  Drawer drawer;
+  uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
+  for (int round = 0; round < kPhiloxRounds; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    drawer.k0[round] = _mm512_set1_epi64(k0);
+    drawer.k1[round] = _mm512_set1_epi64(k1);
+  }
+  drawer.step_lo = _mm512_set1_epi64(key.step_lo);
+  drawer.step_hi = _mm512_set1_epi64(key.step_hi);
+  return drawer;
+}
+
+// Random bits of the elements 8 * group ... 8 * group + 63, sixteen a vector, each in 32 bits.
+EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, __m512i out[4]) {
   // Eight counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
-  const __m512i low = _mm512_set1_epi64(0xFFFFFFFF);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // undone by the two unpacks below
-  for (int g = 0; g < num_groups; g += 8) {
-    const __m512i counter = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group) + g), order);
-    __m512i c0 = counter, c1 = _mm512_srli_epi64(counter, 32);
-    __m512i c2 = _mm512_set1_epi64(key.step_lo), c3 = _mm512_set1_epi64(key.step_hi);
-    uint32_t k0 = key.seed_lo, k1 = key.seed_hi;
-#pragma GCC unroll 10
-    for (int round = 0; round < kPhiloxRounds; ++round) {
-      const __m512i product0 = _mm512_mul_epu32(c0, m0), product1 = _mm512_mul_epu32(c2, m1);
-      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1, _mm512_set1_epi64(k0), 0x96);
-      c1 = product1;
-      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3, _mm512_set1_epi64(k1), 0x96);
-      c3 = product0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
-    }
-    const __m512i first = _mm512_or_si512(_mm512_and_si512(c0, low), _mm512_slli_epi64(c1, 32));
-    const __m512i second = _mm512_or_si512(_mm512_and_si512(c2, low), _mm512_slli_epi64(c3, 32));
-    _mm512_storeu_si512(out + 8 * g, _mm512_unpacklo_epi64(first, second));
-    _mm512_storeu_si512(out + 8 * g + 32, _mm512_unpackhi_epi64(first, second));
+  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group)), order);
+  __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = drawer.step_lo, c3 = drawer.step_hi;
+#pragma GCC unroll 8
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const __m512i product0 = _mm512_mul_epu32(c0, m0), product1 = _mm512_mul_epu32(c2, m1);
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), c1, drawer.k0[round], 0x96);
+    c1 = product1;
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), c3, drawer.k1[round], 0x96);
+    c3 = product0;
   }
+  const __mmask16 high = 0xAAAA;
+  const __m512i first = _mm512_mask_mov_epi32(c0, high, _mm512_slli_epi64(c1, 32));
+  const __m512i second = _mm512_mask_mov_epi32(c2, high, _mm512_slli_epi64(c3, 32));
+  const __m512i low32 = _mm512_unpacklo_epi64(first, second), high32 = _mm512_unpackhi_epi64(first, second);
+  out[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(low32));
+  out[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low32, 1));
+  out[2] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high32));
+  out[3] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high32, 1));
 }
 
 }  // namespace dpo_fast::avx512

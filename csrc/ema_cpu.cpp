@@ -12,14 +12,15 @@
 namespace dpo_fast {
 namespace {
 
+// Consecutive elements of one tensor.
 struct Span {
   char* ref;
   const char* policy;
   char* shadow;
   int64_t count;
+  uint64_t position;  // global position of the first, for the random bits
 };
-using SpanFn = void (*)(const Span&, const EmaBlend&, const uint16_t*);
-using FillFn = void (*)(uint64_t, int, const PhiloxKey&, uint16_t*);
+using SpanFn = void (*)(const Span&, const EmaBlend&);
 
 template <int64_t D>
 inline uint32_t load_raw(const char* data, int64_t i) {
@@ -44,14 +45,23 @@ inline void store_raw(char* data, int64_t i, uint32_t raw) {
   }
 }
 
+// Elements [begin, end), one by one.
 template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
-inline void span_element(const Span& s, int64_t i, const EmaBlend& b, const uint16_t* random) {
-  float master = 0.0f;
-  if constexpr (kShadow) master = float_of(load_raw<kF32>(s.shadow, i));
-  const uint32_t drawn = kStochastic ? random[i] : 0u;
-  const uint32_t old = kShadow ? 0u : load_raw<R>(s.ref, i);
-  store_raw<R>(s.ref, i, ema_element<R, P, kShadow, kStochastic>(old, load_raw<P>(s.policy, i), master, b, drawn));
-  if constexpr (kShadow) store_raw<kF32>(s.shadow, i, bits_of(master));
+inline void span_elements(const Span& s, int64_t begin, int64_t end, const EmaBlend& b) {
+  uint32_t words[4] = {0, 0, 0, 0};
+  for (int64_t i = begin; i < end; ++i) {
+    uint32_t drawn = 0;
+    if constexpr (kStochastic) {
+      const uint64_t position = s.position + static_cast<uint64_t>(i), k = position & 7;
+      if (k == 0 || i == begin) philox_words(position >> 3, b.key, words);
+      drawn = (words[k >> 1] >> (16 * (k & 1))) & 0xFFFFu;
+    }
+    float master = 0.0f;
+    if constexpr (kShadow) master = float_of(load_raw<kF32>(s.shadow, i));
+    const uint32_t old = kShadow ? 0u : load_raw<R>(s.ref, i);
+    store_raw<R>(s.ref, i, ema_element<R, P, kShadow, kStochastic>(old, load_raw<P>(s.policy, i), master, b, drawn));
+    if constexpr (kShadow) store_raw<kF32>(s.shadow, i, bits_of(master));
+  }
 }
 
 }  // namespace
@@ -62,14 +72,6 @@ namespace scalar {
 #include "ema_span.h"
 #undef EMA_SCALAR
 #undef EMA_TARGET
-
-static void fill_random(uint64_t group, int num_groups, const PhiloxKey& key, uint16_t* out) {
-  for (int g = 0; g < num_groups; ++g) {
-    uint32_t words[4];
-    philox_words(group + g, key, words);
-    for (int k = 0; k < 8; ++k) out[8 * g + k] = static_cast<uint16_t>(words[k >> 1] >> (16 * (k & 1)));
-  }
-}
 }  // namespace scalar
 
 #ifdef EMA_X86
@@ -88,45 +90,24 @@ namespace avx512 {
 
 namespace {
 
-constexpr int kRandomBlock = 1024;  // random bits drawn at once: 2 KiB, stays in L1
-constexpr int kGroupMultiple = 8;   // counters per call of a fill_random: a multiple of every width
-
-struct Lanes {
-  SpanFn (*pick)(int64_t, int64_t, bool, bool);
-  FillFn fill_random;
-};
-
-Lanes lanes_of(Isa isa) {
+SpanFn pick(Isa isa, int64_t ref_dtype, int64_t policy_dtype, bool shadow, bool stochastic) {
 #ifdef EMA_X86
-  if (isa == Isa::kAvx512) return {avx512::pick, avx512::fill_random};
-  if (isa == Isa::kAvx2) return {avx2::pick, avx2::fill_random};
+  if (isa == Isa::kAvx512) return avx512::pick(ref_dtype, policy_dtype, shadow, stochastic);
+  if (isa == Isa::kAvx2) return avx2::pick(ref_dtype, policy_dtype, shadow, stochastic);
 #endif
   (void)isa;
-  return {scalar::pick, scalar::fill_random};
+  return scalar::pick(ref_dtype, policy_dtype, shadow, stochastic);
 }
 
 int64_t item_size(int64_t dtype) { return dtype == kF32 ? 4 : 2; }
 
-void update_chunk(const EmaRow& row, int64_t start, int64_t count, const EmaBlend& blend, const Lanes& lanes) {
+void update_chunk(const EmaRow& row, int64_t start, int64_t count, const EmaBlend& blend, Isa isa) {
   const bool shadow = row.shadow != 0, stochastic = blend.stochastic != 0 && row.ref_dtype != kF32;
-  const SpanFn run = lanes.pick(row.ref_dtype, row.policy_dtype, shadow, stochastic);
-  alignas(64) uint16_t random[kRandomBlock + 8 * kGroupMultiple];
-  const int64_t step = stochastic ? kRandomBlock : count;
-  for (int64_t begin = start; begin < start + count; begin += step) {
-    const int64_t length = std::min(step, start + count - begin);
-    int phase = 0;
-    if (stochastic) {
-      const uint64_t position = static_cast<uint64_t>(row.position + begin);
-      phase = static_cast<int>(position & 7);
-      const int groups = static_cast<int>((phase + length + 7) / 8);
-      lanes.fill_random(position >> 3, (groups + kGroupMultiple - 1) / kGroupMultiple * kGroupMultiple, blend.key,
-                        random);
-    }
-    const Span span{reinterpret_cast<char*>(row.ref) + begin * item_size(row.ref_dtype),
-                    reinterpret_cast<const char*>(row.policy) + begin * item_size(row.policy_dtype),
-                    shadow ? reinterpret_cast<char*>(row.shadow) + begin * 4 : nullptr, length};
-    run(span, blend, random + phase);
-  }
+  const Span span{reinterpret_cast<char*>(row.ref) + start * item_size(row.ref_dtype),
+                  reinterpret_cast<const char*>(row.policy) + start * item_size(row.policy_dtype),
+                  shadow ? reinterpret_cast<char*>(row.shadow) + start * 4 : nullptr, count,
+                  static_cast<uint64_t>(row.position + start)};
+  pick(isa, row.ref_dtype, row.policy_dtype, shadow, stochastic)(span, blend);
 }
 
 }  // namespace
@@ -144,7 +125,6 @@ bool ema_isa_available(Isa isa) {
 }
 
 void ema_cpu(const EmaTable& table, const EmaBlend& blend, Isa isa, int num_threads) {
-  const Lanes lanes = lanes_of(isa);
   // Chunks are handed out one by one: a core slowed down by other work takes fewer. No value depends on the order.
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
@@ -152,7 +132,7 @@ void ema_cpu(const EmaTable& table, const EmaBlend& blend, Isa isa, int num_thre
   for (int64_t chunk = 0; chunk < table.num_chunks; ++chunk) {
     const EmaRow& row = table.rows[table.chunk_rows[chunk]];
     const int64_t start = (chunk - row.first_chunk) * table.chunk_size;
-    update_chunk(row, start, std::min(table.chunk_size, row.numel - start), blend, lanes);
+    update_chunk(row, start, std::min(table.chunk_size, row.numel - start), blend, isa);
   }
   (void)num_threads;
 }

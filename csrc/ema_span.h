@@ -1,26 +1,43 @@
 // A run of consecutive elements of one tensor, in the enclosing namespace's lanes. No include guard: ema_cpu.cpp
 // includes it once an instruction set, with EMA_TARGET defined (and EMA_SCALAR for no lanes at all).
 
+#ifndef EMA_SCALAR
+// kLanes elements from i on; drawn is read only when kStochastic.
 template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
-EMA_TARGET void span(const Span& s, const EmaBlend& b, const uint16_t* random) {
+EMA_TARGET __attribute__((always_inline)) inline void update_lanes(const Span& s, int64_t i, const EmaBlend& b,
+                                                                   const Blend& lanes, Bits drawn) {
+  const auto p = widen<P>(load<P>(s.policy, i));
+  const auto r = kShadow ? widen<kF32>(load<kF32>(s.shadow, i)) : widen<R>(load<R>(s.ref, i));
+  const auto value = blend_value(r, p, lanes);
+  if (finite<R>(value)) {
+    if constexpr (kShadow) store<kF32>(s.shadow, i, narrow<kF32, false>(value, drawn));
+    store<R>(s.ref, i, narrow<R, kStochastic>(value, drawn));
+  } else {
+    span_elements<R, P, kShadow, kStochastic>(s, i, i + kLanes, b);
+  }
+}
+#endif
+
+template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
+EMA_TARGET void span(const Span& s, const EmaBlend& b) {
   int64_t i = 0;
 #ifndef EMA_SCALAR
   const Blend lanes = prepare(b);
-  for (; i + kLanes <= s.count; i += kLanes) {
-    const auto p = widen<P>(load<P>(s.policy, i));
-    const auto r = kShadow ? widen<kF32>(load<kF32>(s.shadow, i)) : widen<R>(load<R>(s.ref, i));
-    const auto value = blend_value(r, p, lanes);
-    Bits drawn{};
-    if constexpr (kStochastic) drawn = load_random(random + i);
-    if (finite<R>(value)) {
-      if constexpr (kShadow) store<kF32>(s.shadow, i, narrow<kF32, false>(value, drawn));
-      store<R>(s.ref, i, narrow<R, kStochastic>(value, drawn));
-    } else {
-      for (int64_t k = i; k < i + kLanes; ++k) span_element<R, P, kShadow, kStochastic>(s, k, b, random);
+  if constexpr (kStochastic) {
+    i = std::min(s.count, static_cast<int64_t>(-s.position & 7));  // to the first element of a counter
+    span_elements<R, P, kShadow, kStochastic>(s, 0, i, b);
+    const Drawer drawer = prepare_draw(b.key);
+    for (; i + kDrawn <= s.count; i += kDrawn) {
+      Bits drawn[4];
+      draw((s.position + i) >> 3, drawer, drawn);
+      for (int k = 0; k < 4; ++k)
+        update_lanes<R, P, kShadow, kStochastic>(s, i + k * kLanes, b, lanes, drawn[k]);
     }
+  } else {
+    for (; i + kLanes <= s.count; i += kLanes) update_lanes<R, P, kShadow, kStochastic>(s, i, b, lanes, Bits{});
   }
 #endif
-  for (; i < s.count; ++i) span_element<R, P, kShadow, kStochastic>(s, i, b, random);
+  span_elements<R, P, kShadow, kStochastic>(s, i, s.count, b);
 }
 
 inline SpanFn pick(int64_t ref_dtype, int64_t policy_dtype, bool shadow, bool stochastic) {

@@ -22,7 +22,7 @@ largest finite number round to nearest. References of float32 and float64 take n
 
 Random bits of the element at global position i (its tensor's offset plus its index in it):
 
-    words = philox4x32_10(counter=(lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)),
+    words = philox4x32_7(counter=(lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)),
                           key=(lo32(seed), hi32(seed)))
     random = (words[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFF
 
@@ -76,7 +76,7 @@ def ema_(
 
     For repeated updates of the same tensors build an :class:`EmaPlan` once.
 
-    Source: TR-DPO, arXiv 2404.09656, eq. 4 (soft) and 5 (hard).
+    Source: TR-DPO, arXiv 2404.09656 (soft update; alpha = 1 is the hard one).
     """
     plan = EmaPlan(refs, policies, shadow=shadow, offsets=offsets, backend=backend)
     plan.update_(alpha, rounding=rounding, seed=seed, step=step)

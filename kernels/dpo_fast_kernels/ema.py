@@ -9,7 +9,7 @@ policy; dtypes 0 fp32, 1 bf16, 2 fp16), and a map from chunks of ``CHUNK`` eleme
 are built once.
 
 Every operation is rounded on its own (launched with ``enable_fp_fusion=False``) and 16-bit rounding
-is integer arithmetic, so that the bits are those of ``csrc/ema_math.h``. Random bits: Philox4x32-10
+is integer arithmetic, so that the bits are those of ``csrc/ema_math.h``. Random bits: Philox4x32-7
 (Salmon et al., SC 2011) as ``csrc/philox.h`` defines them: one counter serves eight elements.
 
 Memory: 6 bytes a parameter for bf16 reference and policy, 12 with a shadow; nothing is allocated.
@@ -48,7 +48,7 @@ def _philox(group, seed_lo, seed_hi, step_lo, step_hi):
     c3 = tl.zeros_like(c0) + step_hi.to(tl.uint32, bitcast=True)
     k0 = tl.zeros_like(c0) + seed_lo.to(tl.uint32, bitcast=True)
     k1 = tl.zeros_like(c0) + seed_hi.to(tl.uint32, bitcast=True)
-    return tl.philox_impl(c0, c1, c2, c3, k0, k1, 10)
+    return tl.philox_impl(c0, c1, c2, c3, k0, k1, 7)
 
 
 @triton.jit

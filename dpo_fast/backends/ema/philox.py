@@ -1,4 +1,4 @@
-"""Philox4x32-10 in torch: the random bits of stochastic rounding, as in ``csrc/philox.h``.
+"""Philox4x32-7 in torch: the random bits of stochastic rounding, as in ``csrc/philox.h``.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
-_ROUNDS = 10
+_ROUNDS = 7
 
 
 def philox_words(groups: Tensor, seed: int, step: int) -> Tensor:

@@ -1,0 +1,336 @@
+"""Compiles every shipped kernel for sm_90 and sm_80 without a GPU and checks what comes out.
+
+    python -m dpo_fast_kernels.aot --target sm_90 sm_80 [--only TEXT] [--jobs 2]
+
+For each kernel, variant and tile of the table: spilled bytes, registers, shared memory, and on
+sm_90 the number of wgmma instructions, from `ptxas -v` and `cuobjdump` as Triton bundles them. The
+exit status is 1 if a limit is broken. Works with triton 3.6 and 3.9.
+
+The properties of a compiled kernel that load it (`n_regs`, `kernel[grid]`) are never touched: they
+call the CUDA driver.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, TABLE, Tile, store_by_tma
+
+SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 99 * 1024}
+SPILLS_HEAVIEST = 128  # bytes a thread, softcap together with statistics; everything else: none
+
+
+class Case(NamedTuple):
+    """One kernel as it is shipped for one target."""
+
+    target: str
+    label: str
+    module: str
+    kernel: str
+    signature: dict[str, str]  # types of the arguments that are not constexpr
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    wgmma: bool  # must use the matrix units of sm_90
+    spill_limit: int
+
+
+class Report(NamedTuple):
+    """What the assembler said about a case."""
+
+    case: Case
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    error: str | None
+
+    def faults(self) -> list[str]:
+        if self.error is not None:
+            return [self.error]
+        found = []
+        if self.spills > self.case.spill_limit:
+            found.append(f"{self.spills} B spilled, limit {self.case.spill_limit}")
+        if self.shared > SHARED_LIMIT[self.case.target]:
+            found.append(f"{self.shared} B shared, limit {SHARED_LIMIT[self.case.target]}")
+        if self.case.wgmma and self.wgmma == 0:
+            found.append("no wgmma instruction")
+        return found
+
+
+POINTER = {
+    "x": "*bf16", "w": "*bf16", "tail_x": "*bf16", "tail_w": "*bf16", "e": "*bf16",
+    "x_ptr": "*bf16", "w_ptr": "*bf16", "tail_x_ptr": "*bf16", "tail_w_ptr": "*bf16",
+    "e_ptr": "*bf16", "bias_ptr": "*bf16", "target_ptr": "*i64", "col_ptr": "*i32",
+    "rows_ptr": "*i32", "count_ptr": "*i32", "flag_ptr": "*i32", "table_ptr": "*bf16",
+    "dx_ptr": "*bf16", "xs_ptr": "*bf16", "cu_ptr": "*i64", "E_DTYPE": "constexpr",
+}  # fmt: skip
+SCALARS = {
+    "N": "i32", "V": "i32", "H": "i32", "Q": "i32", "K": "i32", "num_v": "i32", "start": "i32",
+    "scale": "fp32", "softcap": "fp32", "offset": "fp32", "vocab_start": "i32",
+    "vocab_total": "i32", "ignore_index": "i32",
+}  # fmt: skip
+UNALIGNED = {"N", "V", "num_v", "start", "vocab_start", "vocab_total", "ignore_index"}
+
+
+def argument_type(name: str) -> str:
+    """Type of a kernel argument by its name: the naming rule of this package."""
+    if name in POINTER:
+        return POINTER[name]
+    if name in SCALARS:
+        return SCALARS[name]
+    if name.startswith("stride_"):
+        return "i32"
+    if name.endswith("_ptr"):
+        return "*fp32"
+    return "constexpr"
+
+
+def variants() -> Iterator[tuple[str, dict[str, bool]]]:
+    """Feature sets of the GEMM kernels; each runs on the tile of its class of registers."""
+    names = ("HAS_BIAS", "HAS_TAIL", "HAS_SOFTCAP", "STATS")
+    for text in ("", "B", "T", "BT", "C", "S", "CS", "BTC", "BTS", "BTCS"):
+        yield text or "-", dict(zip(names, ("B" in text, "T" in text, "C" in text, "S" in text)))  # noqa: B905
+
+
+def gemm_cases(target: str) -> Iterator[Case]:
+    for kind in [name for name, variant in TABLE if variant == "plain" and name.startswith(target)]:
+        for text, on in variants():
+            heavy = on["HAS_SOFTCAP"] or on["STATS"]
+            limit = SPILLS_HEAVIEST if on["HAS_SOFTCAP"] and on["STATS"] else 0
+            for _, tile in TABLE[kind, "heavy" if heavy else "plain"]:
+                for store in (False, True):
+                    yield exp_gemm_case(target, kind == "sm_90", tile, text, on, store, limit)
+
+
+def exp_gemm_case(
+    target: str, tma: bool, tile: Tile, text: str, on: dict[str, bool], store: bool, limit: int
+) -> Case:
+    tma_store = tma and store_by_tma(on["HAS_SOFTCAP"], on["STATS"])
+    constants = {
+        "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
+        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "TMA": tma, "TMA_STORE": tma_store, "STORE": store, **on,
+    }  # fmt: skip
+    types = {}
+    if tma:
+        shapes = {"x": (tile.block_n, tile.block_h), "w": (tile.block_v, tile.block_h)}
+        shapes |= {"tail_x": (tile.block_n, tile.block_q), "tail_w": (tile.block_v, tile.block_q)}
+        if tma_store:
+            shapes["e"] = (tile.block_n, tile.block_v)
+        types = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in shapes.items()}
+    unused = [("e", not store), ("bias_ptr", not on["HAS_BIAS"])]
+    unused += [("tail_x", not on["HAS_TAIL"]), ("tail_w", not on["HAS_TAIL"])]
+    constants |= {name: None for name, gone in unused if gone}
+    label = (
+        f"exp_gemm {'tma' if tma else 'ptr'} {tile.block_n}x{tile.block_v}x{tile.block_h} "
+        f"w{tile.num_warps} s{tile.num_stages} {text}{' store' if store else ''}"
+    )
+    return Case(
+        target, label, "exp_gemm", "_exp_gemm_kernel", types, constants,
+        tile.num_warps, tile.num_stages, target == "sm_90", limit,
+    )  # fmt: skip
+
+
+def off_range_cases(target: str) -> Iterator[Case]:
+    """One block_v for each tile of the table, the lightest and the heaviest features."""
+    widths = {t.block_v for (name, _), rows in TABLE.items() if name.startswith(target) for _, t in rows}  # fmt: skip
+    for width in sorted(widths):
+        for text, on in variants():
+            if text not in ("-", "BTC", "BTS", "BTCS"):
+                continue
+            for maximum, store in ((True, False), (False, True)):
+                constants: dict[str, Any] = {
+                    "BLOCK_N": OFF_RANGE_BLOCK_N, "BLOCK_V": width, "BLOCK_H": 64, "BLOCK_Q": 32,
+                    "MAXIMUM": maximum, "STORE": store, **on,
+                }  # fmt: skip
+                if not on["HAS_TAIL"]:
+                    constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
+                if not on["HAS_BIAS"]:
+                    constants |= {"bias_ptr": None}
+                if not store:
+                    constants |= {"e_ptr": None}
+                label = f"off_range 16x{width} {text} {'max' if maximum else 'sum'}"
+                yield Case(
+                    target,
+                    label,
+                    "off_range",
+                    "_off_range_kernel",
+                    {},
+                    constants,
+                    width // 32,
+                    2,
+                    False,
+                    0,
+                )
+
+
+def target_logit_cases(target: str) -> Iterator[Case]:
+    for text, on in variants():
+        if text not in ("-", "BT", "BTC"):
+            continue
+        constants: dict[str, Any] = {"BLOCK_H": 64, "BLOCK_Q": 32, "BLOCK": 64, **on}
+        del constants["STATS"]
+        if not on["HAS_TAIL"]:
+            constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
+        if not on["HAS_BIAS"]:
+            constants |= {"bias_ptr": None}
+        yield Case(
+            target, f"target_logit {text}", "target_logit", "_target_logit_kernel", {}, constants,
+            4, 3, target == "sm_90", 0,
+        )  # fmt: skip
+
+
+def row_cases(target: str) -> Iterator[Case]:
+    """The per-row kernels, in their largest variants."""
+
+    def case(module: str, kernel: str, warps: int = 4, **constants: Any) -> Case:
+        return Case(target, kernel, module, kernel, {}, constants, warps, 3, False, 0)
+
+    for maximum in (False, True):
+        yield case(
+            "rows", "_reduce_tiles_kernel", BLOCK_N=32, BLOCK_T=64, MAXIMUM=maximum, INDIRECT=True
+        )
+    for redo in (False, True):
+        gone = {} if redo else {"rows_ptr": None, "count_ptr": None}
+        yield case(
+            "rows", "_finish_rows_kernel", BLOCK=128, E_DTYPE="bf16", STATS=True, STORE=True,
+            FROM_K=redo, INDIRECT=redo, **gone,
+        )  # fmt: skip
+    yield case("rows", "_compact_kernel", BLOCK=4096)
+    yield case("row_scale", "_gather_axpy_kernel", BLOCK_N=16, BLOCK_K=128)
+    yield case(
+        "row_scale", "_row_scale_kernel", BLOCK_N=16, BLOCK_H=128, NEED_DX=True, NEED_XS=True,
+        HAS_UNIT=True,
+    )  # fmt: skip
+    yield case("row_scale", "_column_sum_kernel", BLOCK_N=32, BLOCK_V=128)
+    yield case("row_scale", "_target_fix_kernel", BLOCK=256)
+    yield case("segment", "_segment_sum_kernel", BLOCK=512, HAS_WEIGHT=True)
+
+
+def shipped_cases(target: str) -> list[Case]:
+    """Everything that runs on a target ("sm_90" or "sm_80")."""
+    return [
+        *gemm_cases(target), *off_range_cases(target), *target_logit_cases(target),
+        *row_cases(target),
+    ]  # fmt: skip
+
+
+def compile_case(case: Case) -> Report:
+    """Compile one case and read the assembler's report; runs in a process of its own."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(import_module(f"dpo_fast_kernels.{case.module}"), case.kernel)
+    names = kernel.arg_names
+    constants = {k: (tl.bfloat16 if v == "bf16" else v) for k, v in case.constants.items()}
+    signature = {n: "constexpr" if n in constants else case.signature.get(n, argument_type(n)) for n in names}  # fmt: skip
+    missing = [n for n in names if signature[n] == "constexpr" and n not in constants]
+    assert not missing, f"{case.kernel}: no value for {missing}"
+    for name in names:  # unit strides become constants, as the JIT specialises them
+        if name in ("stride_xh", "stride_wh", "stride_tk") and name not in constants:
+            signature[name], constants[name] = "constexpr", 1
+    aligned = [n for n in names if signature[n].startswith("*") or (signature[n] == "i32" and n not in UNALIGNED)]  # fmt: skip
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(k),): v for k, v in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
+    options = {
+        "num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False,
+    }  # fmt: skip
+    with quiet_stderr() as log:
+        try:
+            compiled = triton.compile(source, target=target, options=options)
+        except Exception as error:  # any compiler failure is this case's result
+            return Report(case, -1, -1, -1, 0, f"{type(error).__name__}: {error}"[:300] + log())
+    registers, spills = assembler_report(compiled.asm["ptx"], case.target)
+    wgmma = len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"]))
+    return Report(case, registers, spills, compiled.metadata.shared, wgmma, None)
+
+
+class quiet_stderr:
+    """The compiler writes its passes to descriptor 2 when it fails; keep the last line only."""
+
+    def __enter__(self) -> Any:
+        self.file = tempfile.TemporaryFile(mode="w+")
+        self.saved = os.dup(2)
+        os.dup2(self.file.fileno(), 2)
+        return self.tail
+
+    def tail(self) -> str:
+        self.file.seek(0)
+        lines = [line for line in self.file.read().splitlines() if "error" in line]
+        return " | ".join(lines[:2])
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self.saved, 2)
+        os.close(self.saved)
+        self.file.close()
+
+
+def assembler_report(ptx: str, target: str) -> tuple[int, int]:
+    """(registers, spilled bytes) of a kernel, from `ptxas -v`."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    name = "sm_90a" if target == "sm_90" else target
+    said = ""
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "kernel.ptx"
+        path.write_text(ptx)
+        for tool in ("ptxas", "ptxas-blackwell"):  # the older one may not know the PTX version
+            command = [str(folder / tool), "-v", f"--gpu-name={name}", str(path), "-o", os.devnull]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said = done.stderr
+            if done.returncode == 0:
+                break
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    if spills is None or registers is None:
+        raise RuntimeError(f"ptxas said: {said[-300:]}")
+    return int(registers.group(1)), max(map(int, spills.groups()))
+
+
+def compile_all(cases: list[Case], jobs: int) -> Iterator[Report]:
+    """Reports in the order of the cases."""
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="dpo-fast-aot-"))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(compile_case, cases)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--target", nargs="+", default=["sm_90", "sm_80"], choices=SHARED_LIMIT)
+    parser.add_argument("--only", default="", help="a part of the label")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args(argv)
+    import triton
+
+    print(f"triton {triton.__version__}")
+    print(f"{'target':6s} {'kernel':46s} {'regs':>4s} {'spill B':>7s} {'shared':>7s} {'wgmma':>5s}")
+    cases = [c for t in options.target for c in shipped_cases(t) if options.only in c.label]
+    broken = 0
+    for r in compile_all(cases, options.jobs):
+        row = f"{r.case.target:6s} {r.case.label:46s} {r.registers:4d} {r.spills:7d} {r.shared:7d} {r.wgmma:5d}"  # fmt: skip
+        faults = r.faults()
+        broken += bool(faults)
+        print(row + ("  FAILED: " + "; ".join(faults) if faults else ""), flush=True)
+    print(f"{len(cases)} kernels, {broken} broken")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Forward and backward of the LM head: which GEMM runs when, and what is kept in between.
+
+    forward:  E, R -> logp, S; target fix; G = E W + delta W[y] if dX is needed (no c in it)
+    backward: v = -c scale / S; dX = v G; dW = E^T (v X); db = E^T v;
+              dA = s (v E B)^T X; dB = E^T (v s X A^T)
+
+Three ways to hold E ``[N, V]``:
+
+- stored: one GEMM forward, one each for dX and dW;
+- a frozen head needs E for G only: groups of rows through one buffer, nothing kept but G;
+- otherwise it is computed again in the backward, a slab of the vocabulary and a block of rows at a
+  time; no memory of size N V, one more GEMM.
+
+Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter.
+"""
+
+import torch
+from torch import Tensor
+
+from dpo_fast_kernels.problem import Gradients, Held, Problem, Scaled, Wanted, new_e, padded
+from dpo_fast_kernels.products import add_product, product, rounded_product
+from dpo_fast_kernels.recompute import give_back, recomputed
+from dpo_fast_kernels.row_scale import column_sum, row_scale
+from dpo_fast_kernels.scoring import Scored, Vocabulary, join_blocks
+
+GROUP_BYTES = 2**28  # E of a group of rows under a frozen head
+
+WHOLE = Vocabulary()
+NO_GRADIENTS = Gradients()
+
+
+def forward(
+    problem: Problem,
+    target: Tensor,  # [N] int64
+    *,
+    wanted: Wanted,
+    stats: bool,
+    store: bool,
+    vocabulary: Vocabulary = WHOLE,
+    buffer: Tensor | None = None,
+) -> Held:
+    """Scores the rows and does what the backward needs and c does not enter."""
+    operands, engine = problem.operands, problem.engine
+    n, vocab = operands.x.shape[0], operands.w.shape[0]
+    if not (wanted.head or wanted.rows) or (wanted.head and not store):
+        scored = engine.score(operands, target, e=None, stats=stats, vocabulary=vocabulary)
+        return Held(scored)
+    if wanted.head:
+        e = new_e(n, vocab, engine.e_dtype, operands.x, buffer)
+        scored = engine.score(operands, target, e=e, stats=stats, vocabulary=vocabulary)
+        return Held(scored, e, *_row_products(problem, scored, e, wanted))
+    size = max(1, GROUP_BYTES // (padded(vocab) * engine.e_dtype.itemsize))
+    e = new_e(min(n, size), vocab, engine.e_dtype, operands.x, buffer)
+    parts = []
+    for start in range(0, max(n, 1), size):
+        stop = min(n, start + size)
+        part = problem._replace(operands=operands.rows(start, stop))
+        chunk = e[: stop - start]
+        scored = engine.score(
+            part.operands, target[start:stop], e=chunk, stats=stats, vocabulary=vocabulary
+        )
+        parts.append(Held(scored, None, *_row_products(part, scored, chunk, wanted)))
+    return _join(parts)
+
+
+def _row_products(
+    problem: Problem, scored: Scored, e: Tensor, wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(E W + .., E B)`` as far as dX and dA need them, the fix's rounding given back."""
+    operands, lora = problem.operands, problem.lora
+    g = product(e, operands.w) if wanted.hidden else None
+    eb = product(e, lora[1].to(operands.w.dtype)) if lora is not None and wanted.rows else None
+    give_back(problem, scored, g, eb)
+    return g, eb
+
+
+def _join(parts: list[Held]) -> Held:
+    if len(parts) == 1:
+        return parts[0]
+    gs = [p.g for p in parts if p.g is not None]
+    ebs = [p.eb for p in parts if p.eb is not None]
+    return Held(
+        join_blocks([p.scored for p in parts]),
+        None,
+        torch.cat(gs) if gs else None,
+        torch.cat(ebs) if ebs else None,
+    )
+
+
+def backward(
+    problem: Problem,
+    held: Held,
+    dlogps: Tensor,  # [N]
+    wanted: Wanted,
+    into: Gradients = NO_GRADIENTS,
+) -> Gradients:
+    """All gradients for ``dlogps``; those of the head are added to ``into`` where it is given."""
+    operands, state = problem.operands, held.scored.state
+    x = operands.x
+    recompute = wanted.head and held.e is None
+    unit = half_unit(x, dlogps, state.s, operands.scale) if wanted.weight else None
+    dhidden, xs, v = row_scale(
+        dlogps,
+        state.s,
+        operands.scale,
+        g=held.g if wanted.hidden and not recompute else None,
+        x=x if wanted.weight else None,
+        dtype=x.dtype,
+        unit=unit,
+    )
+    low = low_unit = None
+    if wanted.lora_b:
+        assert problem.low is not None
+        low_unit = half_unit(problem.low.to(x.dtype), dlogps, state.s, operands.scale)
+        low = problem.low * (v if low_unit is None else v * low_unit).unsqueeze(1)
+        low = low.to(operands.w.dtype)
+    scaled = Scaled(xs, low, v, unit, low_unit)
+    found, eb = Gradients(hidden=dhidden), held.eb
+    if recompute:
+        found, eb = recomputed(problem, held.scored, scaled, wanted, into)
+    elif wanted.head:
+        assert held.e is not None
+        found = found._replace(**_head_gradients(problem, held.e, scaled, wanted, into))
+    if wanted.lora_a:
+        assert eb is not None and problem.lora is not None
+        lora_a = (eb * (v * problem.lora[2]).unsqueeze(1)).T @ x.float()
+        found = found._replace(lora_a=lora_a if into.lora_a is None else into.lora_a.add_(lora_a))
+    return found
+
+
+def half_unit(matrix: Tensor, dlogps: Tensor, s: Tensor, scale: float) -> Tensor | None:
+    """Power of two that keeps ``v * matrix`` inside float16, divided out of the product again.
+
+    None for wider dtypes.
+    """
+    if matrix.dtype != torch.float16 or matrix.numel() == 0:
+        return None
+    top = (dlogps.abs() * (scale / s) * matrix.abs().amax(1).float()).amax()
+    exponent = torch.floor(10.0 - torch.log2(top))
+    exponent = torch.where(torch.isfinite(exponent), exponent, 0.0)
+    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)
+
+
+def _head_gradients(
+    problem: Problem, e: Tensor, scaled: Scaled, wanted: Wanted, into: Gradients
+) -> dict[str, Tensor]:
+    """dW, db, dB from stored E."""
+    dtype, found = problem.operands.w.dtype, {}
+    if scaled.xs is not None:
+        found["weight"] = _product_t(e, scaled.xs, scaled.unit, dtype, into.weight)
+    if scaled.low is not None:
+        found["lora_b"] = _product_t(e, scaled.low, scaled.low_unit, dtype, into.lora_b)
+    if wanted.bias:
+        bias = into.bias
+        if bias is None:
+            bias = torch.zeros(e.shape[1], dtype=torch.float32, device=e.device)
+        column_sum(e, scaled.v, bias)
+        found["bias"] = bias
+    return found
+
+
+def _product_t(
+    e: Tensor, right: Tensor, unit: Tensor | None, dtype: torch.dtype, into: Tensor | None
+) -> Tensor:
+    """``E^T right / unit``, added to ``into`` in float32 or rounded once."""
+    if unit is not None:
+        gradient = product(e.T, right).div_(unit)
+        return gradient if into is None else into.add_(gradient)
+    if into is None:
+        return rounded_product(e.T, right, dtype)
+    add_product(into, e.T, right)
+    return into

@@ -1,0 +1,129 @@
+"""What the kernels multiply, and how a problem is launched.
+
+Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter, Q columns of
+the low-rank tail (r padded to 16, once or more; see ``low_rank_tail``).
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_fast_kernels.products import product
+from dpo_fast_kernels.tiles import Tile, choose_tile, tile_class
+
+PROGRAMS_INTERPRETED = 3  # enough to run every persistent loop more than once
+
+
+class Operands(NamedTuple):
+    """``z = scale * cap(x w^T + tail_x tail_w^T + bias)``."""
+
+    x: Tensor  # [N, H]
+    w: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    tail_x: Tensor | None  # [N, Q]
+    tail_w: Tensor | None  # [V, Q]
+    softcap: float | None
+    scale: float
+
+    def rows(self, start: int, stop: int) -> "Operands":
+        """Some of the rows, as views."""
+        tail = None if self.tail_x is None else self.tail_x[start:stop]
+        return self._replace(x=self.x[start:stop], tail_x=tail)
+
+    def columns(self, start: int, stop: int) -> "Operands":
+        """Some of the vocabulary, as views."""
+        return self._replace(
+            w=self.w[start:stop],
+            bias=None if self.bias is None else self.bias[start:stop],
+            tail_w=None if self.tail_w is None else self.tail_w[start:stop],
+        )
+
+
+class Launch(NamedTuple):
+    """Tile and grid of a problem; the same for every call with the same shapes and variant."""
+
+    tile: Tile
+    tma: bool
+    programs: int  # of the persistent kernels
+
+
+@cache
+def device_facts(index: int) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors) of a CUDA device."""
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
+
+
+def num_programs(x: Tensor) -> int:
+    """Programs of a persistent kernel: one a multiprocessor."""
+    return device_facts(x.device.index)[1] if x.device.type == "cuda" else PROGRAMS_INTERPRETED
+
+
+def plan_launch(operands: Operands, stats: bool) -> Launch:
+    """Tile and grid. ``stats``: the tile of the statistics variant, also where none are taken."""
+    x = operands.x
+    if x.device.type == "cuda":
+        capability = device_facts(x.device.index)[0]
+        tma = capability[0] in (9, 10) and aligned(x) and aligned(operands.w)
+    else:
+        capability = None
+        tma = aligned(x) and aligned(operands.w)
+    heavy = stats or operands.softcap is not None
+    tile = choose_tile(tile_class(capability, tma), heavy, x.shape[1])
+    return Launch(tile, tma, num_programs(x))
+
+
+def aligned(matrix: Tensor) -> bool:
+    """Whether TMA can load the matrix: unit stride within rows, rows on 16-byte borders."""
+    size = matrix.element_size()
+    return (
+        matrix.stride(1) == 1
+        and matrix.stride(0) * size % 16 == 0
+        and matrix.data_ptr() % 16 == 0
+        and matrix.numel() > 0
+    )
+
+
+def low_rank_tail(
+    x: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(tail_x [N, Q], tail_w [V, Q], s x a^T [N, r] float32)`` with tail_x tail_w^T = s x a^T b^T.
+
+    16-bit operands would round ``s x a^T`` to 8 bits, visible in the log-probs: it is split into
+    two parts (and b, if it is wider than ``dtype``, too), which the matrix units multiply exactly.
+    """
+    low = product(x, a.T) * scale
+    if dtype == torch.float32:
+        lefts, rights = [low], [b.float()]
+    else:
+        high, b_high = low.to(dtype), b.to(dtype)
+        lefts, rights = [high, (low - high.float()).to(dtype)], [b_high, b_high]
+        if b.dtype != dtype:
+            lefts.append(high)
+            rights.append((b.float() - b_high.float()).to(dtype))
+    return _concatenate(lefts), _concatenate(rights), low
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    rank = sum(part.shape[1] for part in parts)
+    width = -(-max(rank, 1) // 16) * 16
+    out = parts[0].new_zeros(parts[0].shape[0], width)
+    out[:, :rank] = torch.cat(parts, 1)
+    return out
+
+
+def make_operands(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, float] | None,
+    softcap: float | None,
+    scale: float,
+) -> tuple[Operands, Tensor | None]:
+    """Operands and, with an adapter, ``s x a^T`` in float32."""
+    if lora is None:
+        return Operands(x, w, bias, None, None, softcap, scale), None
+    tail_x, tail_w, low = low_rank_tail(x, *lora, w.dtype)
+    return Operands(x, w, bias, tail_x, tail_w, softcap, scale), low

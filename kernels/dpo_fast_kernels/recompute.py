@@ -1,0 +1,130 @@
+"""The backward without stored E: a slab of the vocabulary and a block of rows at a time.
+
+Vocabulary outside, rows inside: each slab of dW is summed over all rows in float32 and rounded once,
+dX is summed over the slabs in float32. The offsets are known, so E comes back bit for bit. Memory:
+one block of E (32 MiB at 2 bytes) and one slab of dW; nothing of size N V, one GEMM more.
+
+Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter.
+"""
+
+import torch
+from torch import Tensor
+
+from dpo_fast_kernels.problem import Gradients, Problem, Scaled, Wanted, new_e
+from dpo_fast_kernels.products import add_product
+from dpo_fast_kernels.row_scale import column_sum, gather_axpy
+from dpo_fast_kernels.rows import RowState
+from dpo_fast_kernels.scoring import Scored
+from dpo_fast_kernels.target_logit import TargetLogits
+
+SLAB_COLUMNS = 2048  # a multiple of every block_v
+SLAB_ROWS = 8192
+
+
+def give_back(problem: Problem, scored: Scored, g: Tensor | None, eb: Tensor | None) -> None:
+    """Adds delta W[y] and delta B[y], then the adapter's part of dX."""
+    delta, col, lora = scored.state.delta, scored.rows.col, problem.lora
+    if eb is not None and lora is not None:
+        gather_axpy(eb, lora[1], delta, col)
+    if g is not None:
+        gather_axpy(g, problem.operands.w, delta, col)
+        if eb is not None and lora is not None:
+            g.addmm_(eb, lora[0].float(), alpha=lora[2])
+
+
+def recomputed(
+    problem: Problem, scored: Scored, scaled: Scaled, wanted: Wanted, into: Gradients
+) -> tuple[Gradients, Tensor | None]:
+    """All gradients but dA, and ``E B`` for that one."""
+    operands, lora = problem.operands, problem.lora
+    x, vocab = operands.x, operands.w.shape[0]
+    n = x.shape[0]
+    g = torch.zeros_like(x, dtype=torch.float32) if wanted.hidden else None
+    eb = None
+    if problem.low is not None and wanted.rows:
+        eb = torch.zeros_like(problem.low)
+    out = _outputs(problem, wanted, into)
+    buffer = new_e(min(n, SLAB_ROWS), min(vocab, SLAB_COLUMNS), problem.engine.e_dtype, x, None)
+    for start in range(0, vocab, SLAB_COLUMNS):
+        stop = min(vocab, start + SLAB_COLUMNS)
+        sums = _slab_sums(out, into, start, stop, scaled)
+        slab = operands.columns(start, stop)
+        for first in range(0, n, SLAB_ROWS):
+            rows = slice(first, min(n, first + SLAB_ROWS))
+            e = buffer[: rows.stop - first, : stop - start]
+            problem.engine.again(
+                slab.rows(first, rows.stop),
+                TargetLogits(*(t[rows] for t in scored.rows)),
+                start,
+                e,
+                RowState(*(None if t is None else t[..., rows] for t in scored.state)),  # type: ignore[arg-type]
+            )
+            if g is not None:
+                add_product(g[rows], e, slab.w)
+            if eb is not None and lora is not None:
+                add_product(eb[rows], e, lora[1][start:stop].to(slab.w.dtype))
+            if sums.weight is not None and scaled.xs is not None:
+                add_product(sums.weight, e.T, scaled.xs[rows])
+            if sums.lora_b is not None and scaled.low is not None:
+                add_product(sums.lora_b, e.T, scaled.low[rows])
+            if out.bias is not None:
+                column_sum(e, scaled.v[rows], out.bias[start:stop])
+        _round_slab(out, into, sums, start, stop, scaled)
+    give_back(problem, scored, g, eb)
+    if g is not None:
+        v = scaled.v.unsqueeze(1)
+        out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(x.dtype))
+    return out, eb
+
+
+def _outputs(problem: Problem, wanted: Wanted, into: Gradients) -> Gradients:
+    """Where the head's gradients go: what is given, else new tensors."""
+    w, lora = problem.operands.w, problem.lora
+    weight, bias, lora_b = into.weight, into.bias, into.lora_b
+    if wanted.weight and weight is None:
+        weight = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    if wanted.bias and bias is None:
+        bias = torch.zeros(w.shape[0], dtype=torch.float32, device=w.device)
+    if wanted.lora_b and lora_b is None and lora is not None:
+        lora_b = torch.empty(lora[1].shape, dtype=torch.float32, device=w.device)
+    return Gradients(
+        weight=weight if wanted.weight else None,
+        bias=bias if wanted.bias else None,
+        lora_b=lora_b if wanted.lora_b else None,
+    )
+
+
+def _slab_sums(out: Gradients, into: Gradients, start: int, stop: int, scaled: Scaled) -> Gradients:
+    """Float32 accumulators of a slab: the rows of ``into`` itself where nothing stands between."""
+
+    def sums(total: Tensor | None, given: Tensor | None, unit: Tensor | None) -> Tensor | None:
+        if total is None:
+            return None
+        if given is not None and unit is None:
+            return given[start:stop]
+        shape = (stop - start, total.shape[1])
+        return torch.zeros(shape, dtype=torch.float32, device=total.device)
+
+    return Gradients(
+        weight=sums(out.weight, into.weight, scaled.unit),
+        lora_b=sums(out.lora_b, into.lora_b, scaled.low_unit),
+    )
+
+
+def _round_slab(
+    out: Gradients, into: Gradients, sums: Gradients, start: int, stop: int, scaled: Scaled
+) -> None:
+    """Writes a slab's sums to their place, rounding once."""
+    pairs = (
+        (out.weight, into.weight, sums.weight, scaled.unit),
+        (out.lora_b, into.lora_b, sums.lora_b, scaled.low_unit),
+    )
+    for total, given, found, unit in pairs:
+        if total is None or found is None or (given is not None and unit is None):
+            continue
+        if unit is not None:
+            found.div_(unit)
+        if given is None:
+            total[start:stop] = found
+        else:
+            total[start:stop] += found

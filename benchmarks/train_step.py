@@ -1,8 +1,9 @@
 """Whole DPO steps on the CPU: naive full-logits loop, TRL 1.16, dpo_fast.
 
-One process, the three variants interleaved, medians; a step is collator, batch preparation, policy and reference forward,
-backward, clipping and AdamW. The model, rows, optimizer, clipping, attention and thread count are the same for all. The
-naive loop and dpo_fast must first agree on the loss. Peak memory is measured in a process of its own for each variant.
+One process, the three variants interleaved, medians; a step is collator, batch preparation, policy
+and reference forward, backward, clipping and AdamW. The model, rows, optimizer, clipping, attention
+and thread count are the same for all. The naive loop and dpo_fast must first agree on the loss.
+Peak memory is measured in a process of its own for each variant.
 
     python -m benchmarks.train_step [--quick]
 """
@@ -33,7 +34,9 @@ BETA = 0.1
 
 
 class NaiveLoop:
-    """What one writes after reading the paper: full logits of both models, log-softmax, gather, sum."""
+    """What one writes after reading the paper: full logits of both models, log-softmax, gather,
+    sum.
+    """
 
     def __init__(self, policy: nn.Module, ref: nn.Module) -> None:
         from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -104,7 +107,9 @@ def build(variant: str, shape: ModelShape) -> tuple[Any, nn.Module]:
 
 
 def text_rows() -> Any:
-    """One text row: trainers want a data set at construction; the benchmark feeds its own tokens."""
+    """One text row: trainers want a data set at construction; the benchmark feeds its own
+    tokens.
+    """
     from datasets import Dataset
 
     return Dataset.from_list([{"prompt": "a ", "chosen": "b", "rejected": "c"}])
@@ -156,7 +161,9 @@ def measure_time(shape: ModelShape, batches: list[list[Row]], rounds: int) -> di
 
 
 def measure_memory(variant: str, shape: ModelShape, rows: list[Row]) -> dict[str, float]:
-    """Peak resident memory of one step beyond what the built variant holds, MiB (run in its own process)."""
+    """Peak resident memory of one step beyond what the built variant holds, MiB (run in its own
+    process).
+    """
     stepper = Stepper(variant, shape)
     stepper.step(make_rows(LENGTHS["1:1"], 1, shape.vocab, seed=9))  # optimizer state, thread pools
     before = resident_mib()

@@ -14,7 +14,7 @@ logger = logging.getLogger("dpo_fast")
 
 # Names that TRL had and removed -> what to write instead.
 REMOVED_FIELDS = {
-    "max_prompt_length": "max_length (prompt and answer together; truncation_mode says which end is kept)",
+    "max_prompt_length": "max_length (prompt and answer; truncation_mode says which end is kept)",
     "max_completion_length": "max_length (prompt and answer together)",
     "rpo_alpha": 'loss_type=["sigmoid", "sft"] with loss_weights=[1.0, alpha]',
     "reference_free": 'a reference-free loss_type such as "simpo", "cpo" or "orpo"',
@@ -45,9 +45,9 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class DPOConfig(TrainingArguments):
-    """Arguments of :class:`dpo_fast.Trainer`: every field of ``transformers.TrainingArguments``, TRL 1.16's ``DPOConfig``
-    under the same names and defaults, and, last, those of dpo_fast. A ``trl.DPOConfig`` is accepted in its place
-    (:meth:`from_args`).
+    """Arguments of :class:`dpo_fast.Trainer`: every field of ``transformers.TrainingArguments``,
+    TRL 1.16's ``DPOConfig`` under the same names and defaults, and, last, those of dpo_fast. A
+    ``trl.DPOConfig`` is accepted in its place (:meth:`from_args`).
 
     Raises:
         ValueError: an invalid value or combination, at construction, with the remedy.
@@ -58,17 +58,25 @@ class DPOConfig(TrainingArguments):
 
     # Defaults that differ from TrainingArguments, as in TRL
     learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
-    logging_steps: float = _option(10, "Log every so many optimizer steps; below 1: share of all steps.")
+    logging_steps: float = _option(
+        10, "Log every so many optimizer steps; below 1: share of all steps."
+    )
     gradient_checkpointing: bool = _option(
         True, "Recompute activations in the backward: less memory, about 20%% more time."
     )
-    bf16: bool | None = _option(None, "bf16 mixed precision; None: on unless fp16 is.")
+    bf16: bool | None = _option(  # type: ignore[assignment]
+        None, "bf16 mixed precision; None: on unless fp16 is."
+    )
     logging_nan_inf_filter: bool = _option(
         False, "Hide NaN and infinite losses from the log (costs a host sync every micro-batch)."
     )
     # transformers writes these with a bare % in their help, which argparse rejects
-    lr_scheduler_kwargs: dict | str | None = _option(None, "Extra arguments of the scheduler, JSON.")
-    torch_empty_cache_steps: int | None = _option(None, "Empty the device cache every so many steps.")
+    lr_scheduler_kwargs: dict | str | None = _option(
+        None, "Extra arguments of the scheduler, JSON."
+    )
+    torch_empty_cache_steps: int | None = _option(
+        None, "Empty the device cache every so many steps."
+    )
 
     # Model
     model_init_kwargs: dict | str | None = _option(
@@ -78,13 +86,19 @@ class DPOConfig(TrainingArguments):
     router_aux_loss_coef: float | None = _option(
         None, "Weight of the mixture-of-experts load balancing loss; None: the model config's own."
     )
-    disable_dropout: bool = _option(True, "Set every dropout of policy and reference to 0, LoRA's included.")
+    disable_dropout: bool = _option(
+        True, "Set every dropout of policy and reference to 0, LoRA's included."
+    )
 
     # Data
     dataset_num_proc: int | None = _option(None, "Processes for tokenisation.")
-    max_length: int | None = _option(1024, "Longest prompt + answer in tokens; None: no truncation.")
+    max_length: int | None = _option(
+        1024, "Longest prompt + answer in tokens; None: no truncation."
+    )
     truncation_mode: str = _option("keep_start", "keep_start or keep_end: the end that survives.")
-    padding_free: bool = _option(False, "Not available yet: warns, and batches are padded, as in TRL.")
+    padding_free: bool = _option(
+        False, "Not available yet: warns, and batches are padded, as in TRL."
+    )
     pad_to_multiple_of: int | str | None = _option(
         "auto", "Round the padded length up to a multiple; auto: none."
     )
@@ -97,7 +111,9 @@ class DPOConfig(TrainingArguments):
     )
     loss_weights: list[float] | None = _option(None, "Weight of each loss; None: all 1.")
     beta: float = _option(0.1, "Strength of the tie to the reference (tau of IPO).")
-    ld_alpha: float | None = _option(None, "LD-DPO: weight of the tokens beyond the shorter answer.")
+    ld_alpha: float | None = _option(
+        None, "LD-DPO: weight of the tokens beyond the shorter answer."
+    )
     f_divergence_type: str = _option(
         "reverse_kl", "reverse_kl, forward_kl, js_divergence or alpha_divergence."
     )
@@ -105,11 +121,21 @@ class DPOConfig(TrainingArguments):
     label_smoothing: float = _option(0.0, "Used by cdpo, robust, exo_pair, aot and aot_unpaired.")
     use_weighting: bool = _option(False, "WPO: weight pairs by how likely the policy finds them.")
     discopop_tau: float = _option(0.05, "Temperature of DiscoPOP.")
+    simpo_gamma: float = _option(0.5, "SimPO: target margin (SimPO wants a beta of 2 or more).")
+    cpo_alpha: float = _option(1.0, "CPO: weight of the likelihood of the chosen answers.")
+    kto_desirable_weight: float = _option(1.0, "KTO: weight of the chosen answers.")
+    kto_undesirable_weight: float = _option(1.0, "KTO: weight of the rejected answers.")
 
     # Reference, TRL's names
-    precompute_ref_log_probs: bool = _option(False, "Compute the reference's log-probs before training.")
-    precompute_ref_batch_size: int | None = _option(None, "Batch size of that pass; None: the run's.")
-    sync_ref_model: bool = _option(False, "TR-DPO: move the reference towards the policy in training.")
+    precompute_ref_log_probs: bool = _option(
+        False, "Compute the reference's log-probs before training."
+    )
+    precompute_ref_batch_size: int | None = _option(
+        None, "Batch size of that pass; None: the run's."
+    )
+    sync_ref_model: bool = _option(
+        False, "TR-DPO: move the reference towards the policy in training."
+    )
     ref_model_mixup_alpha: float = _option(0.6, "TR-DPO: ref = alpha * policy + (1 - alpha) * ref.")
     ref_model_sync_steps: int = _option(512, "TR-DPO: optimizer steps between two updates.")
     activation_offloading: bool = _option(False, "Keep activations in host memory between passes.")
@@ -118,17 +144,22 @@ class DPOConfig(TrainingArguments):
     reference: str = _option(
         "auto", "auto, frozen, adapter, precomputed or ema; auto says what it chose and why."
     )
-    ref_cache_dir: str | None = _option(None, "Folder of precomputed log-probs; None: the user cache.")
+    ref_cache_dir: str | None = _option(
+        None, "Folder of precomputed log-probs; None: the user cache."
+    )
     ref_keep: str = _option(
         "auto",
-        "What stays of a precomputed reference for data to come: path, cpu, none; auto: the path if there is one.",
+        "What stays of a precomputed reference for data to come: path, cpu, none; auto: the path "
+        "if there is one.",
     )
     ref_ema_rounding: str = _option(
         "auto",
-        "TR-DPO in bf16: stochastic (unbiased), shadow (fp32 copy) or nearest (loses small steps); auto: stochastic.",
+        "TR-DPO in bf16: stochastic (unbiased), shadow (fp32 copy) or nearest (loses small steps); "
+        "auto: stochastic.",
     )
     token_stats: str = _option(
-        "log_steps", "When entropy, logits and token accuracy are computed: log_steps, every, never."
+        "log_steps",
+        "When entropy, logits and token accuracy are computed: log_steps, every, never.",
     )
     lm_head_backend: str = _option("auto", "auto, naive, chunked or triton; a name runs or raises.")
     lm_head_workspace: int | None = _option(
@@ -163,15 +194,19 @@ class DPOConfig(TrainingArguments):
         _one_of("truncation_mode", self.truncation_mode, TRUNCATION_MODES)
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(
-                f"max_length={self.max_length} leaves no room for a prompt and an answer token: give at least 2, or "
+                f"max_length={self.max_length} leaves no room for a prompt and an answer token: "
+                "give at least 2, or "
                 "None for no truncation."
             )
         if not 0.0 <= self.ref_model_mixup_alpha <= 1.0:
             raise ValueError(
-                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must lie in [0, 1]: 1 copies the policy."
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must lie in [0, 1]: 1 copies "
+                "the policy."
             )
         if self.ref_model_sync_steps < 1:
-            raise ValueError(f"ref_model_sync_steps={self.ref_model_sync_steps} must be at least 1.")
+            raise ValueError(
+                f"ref_model_sync_steps={self.ref_model_sync_steps} must be at least 1."
+            )
         if self.lm_head_workspace is not None and self.lm_head_workspace < 1:
             raise ValueError(f"lm_head_workspace={self.lm_head_workspace} bytes must be positive.")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
@@ -179,7 +214,8 @@ class DPOConfig(TrainingArguments):
         self._resolve_padding()
         if self.truncation_mode == "keep_end":
             warnings.warn(
-                "truncation_mode='keep_end' is deprecated in TRL and will go with its 2.0; keep_start is the default.",
+                "truncation_mode='keep_end' is deprecated in TRL and will go with its 2.0; "
+                "keep_start is the default.",
                 FutureWarning,
                 stacklevel=4,
             )
@@ -191,13 +227,16 @@ class DPOConfig(TrainingArguments):
         if isinstance(self.pad_to_multiple_of, str):
             text = self.pad_to_multiple_of
             if text != "auto" and not text.isdigit():
-                raise ValueError(f"pad_to_multiple_of={text!r} must be 'auto', None or a positive integer.")
+                raise ValueError(
+                    f"pad_to_multiple_of={text!r} must be 'auto', None or a positive integer."
+                )
             self.pad_to_multiple_of = None if text == "auto" else int(text)
 
     @classmethod
     def from_args(cls, args: TrainingArguments) -> "DPOConfig":
-        """``args`` as a DPOConfig: itself, or a ``trl.DPOConfig`` / ``TrainingArguments`` with the missing fields at
-        their defaults. The values are taken over as they are; nothing is initialised twice.
+        """``args`` as a DPOConfig: itself, or a ``trl.DPOConfig`` / ``TrainingArguments`` with the
+        missing fields at their defaults. The values are taken over as they are; nothing is
+        initialised twice.
 
         Raises:
             TypeError: ``args`` is no TrainingArguments.
@@ -206,7 +245,8 @@ class DPOConfig(TrainingArguments):
             return args
         if not isinstance(args, TrainingArguments):
             raise TypeError(
-                f"args must be a dpo_fast.DPOConfig, a trl.DPOConfig or a TrainingArguments, got {type(args).__name__}."
+                "args must be a dpo_fast.DPOConfig, a trl.DPOConfig or a TrainingArguments, got "
+                f"{type(args).__name__}."
             )
         new = cls.__new__(cls)
         new.__dict__.update(args.__dict__)

@@ -1,9 +1,11 @@
-"""TRL's metrics without its host syncs: one device vector a micro-batch, one reduction and one sync a log step.
+"""TRL's metrics without its host syncs: one device vector a micro-batch, one reduction and one sync
+a log step.
 
-Each micro-batch leaves sums and counts in a vector that stays on the device. At a log step the vectors are stacked, summed
-over the ranks in one all-reduce, fetched once, and turned into the values that TRL logs: pair metrics are means over the
-pairs, token metrics means over micro-batches (weighted by their pairs) of token means. With equal micro-batches both equal
-TRL's; with a ragged last one TRL counts it like a full one.
+Each micro-batch leaves sums and counts in a vector that stays on the device. At a log step the
+vectors are stacked, summed over the ranks in one all-reduce, fetched once, and turned into the
+values that TRL logs: pair metrics are means over the pairs, token metrics means over micro-batches
+(weighted by their pairs) of token means. With equal micro-batches both equal TRL's; with a ragged
+last one TRL counts it like a full one.
 
 Legend: P pairs, S = 2P sequences, N scored tokens.
 """
@@ -42,7 +44,9 @@ _INDEX = {name: i for i, name in enumerate(_FIELDS)}
 
 
 class MicroBatchSums(NamedTuple):
-    """``device [len(_FIELDS)]`` sums that only the device knows; ``host`` the numbers that the host knows already."""
+    """``device [len(_FIELDS)]`` sums that only the device knows; ``host`` the numbers that the host
+    knows already.
+    """
 
     device: Tensor
     host: list[float]
@@ -54,7 +58,8 @@ def micro_batch_sums(
     num_tokens: Tensor,
     aux_loss: Tensor | None = None,
 ) -> MicroBatchSums:
-    """Sums and counts of one micro-batch, float64 (float32 where the device has no float64). No host sync.
+    """Sums and counts of one micro-batch, float64 (float32 where the device has no float64). No
+    host sync.
 
     Args:
         output: what :func:`dpo_fast.functional.fused_linear_dpo` returned.
@@ -97,7 +102,9 @@ def micro_batch_sums(
 
 
 class Counts(NamedTuple):
-    """Since the last log, over all ranks: pairs, fed tokens, micro-batches with a loss that was not finite."""
+    """Since the last log, over all ranks: pairs, fed tokens, micro-batches with a loss that was not
+    finite.
+    """
 
     pairs: int
     tokens: int
@@ -120,7 +127,8 @@ class MetricBuffer:
         self._rows[mode].append(sums)
 
     def pop(self, mode: str) -> tuple[dict[str, float], Counts] | None:
-        """Metrics since the last call, TRL's keys, and the counts behind them; None if nothing was added.
+        """Metrics since the last call, TRL's keys, and the counts behind them; None if nothing was
+        added.
 
         This is the one place where training waits for the device.
         """

@@ -7,8 +7,8 @@ from dpo_fast import __version__
 
 DPO_CITATION = """@inproceedings{rafailov2023direct,
   title = {{Direct Preference Optimization: Your Language Model is Secretly a Reward Model}},
-  author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon and
-            Chelsea Finn},
+  author = {Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and
+            Stefano Ermon and Chelsea Finn},
   booktitle = {Advances in Neural Information Processing Systems 36},
   year = {2023},
   eprint = {2305.18290},
@@ -17,7 +17,9 @@ DPO_CITATION = """@inproceedings{rafailov2023direct,
 
 
 def write_model_card(folder: str | Path, trainer: Any) -> Path:
-    """Write ``README.md`` for the model that ``trainer`` trains into ``folder``; return its path."""
+    """Write ``README.md`` for the model that ``trainer`` trains into ``folder``; return its
+    path.
+    """
     path = Path(folder) / "README.md"
     path.write_text(model_card(trainer))
     return path
@@ -38,9 +40,7 @@ def model_card(trainer: Any) -> str:
         "beta": args.beta,
         "reference": reference,
         "learning rate": args.learning_rate,
-        "pairs a step": args.train_batch_size
-        * args.gradient_accumulation_steps
-        * args.world_size,
+        "pairs a step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "longest sequence": args.max_length,
         "steps": trainer.state.global_step,
     }
@@ -53,7 +53,8 @@ def model_card(trainer: Any) -> str:
             "",
             f"# {name}",
             "",
-            "Trained with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) by "
+            "Trained with Direct Preference Optimization ([arXiv "
+            "2305.18290](https://arxiv.org/abs/2305.18290)) by "
             f"dpo_fast {__version__}.",
             "",
             "| setting | value |",

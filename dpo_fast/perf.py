@@ -17,11 +17,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B
 
 
 class PerfMeter:
-    """Laps between two logs. Time inside :meth:`paused` (evaluation, saving) does not count as training."""
+    """Laps between two logs. Time inside :meth:`paused` (evaluation, saving) does not count as
+    training.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         lm = base_causal_lm(model)
-        embeddings = lm.get_input_embeddings().weight.numel()
+        embeddings = sum(p.numel() for p in lm.get_input_embeddings().parameters())
         total = sum(p.numel() for p in lm.parameters())
         trainable = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         self.backbone = total - embeddings
@@ -59,7 +61,9 @@ class PerfMeter:
 
 
 def peak_memory_bytes() -> int:
-    """Peak of this process: allocated device memory where there is a CUDA device, resident memory elsewhere."""
+    """Peak of this process: allocated device memory where there is a CUDA device, resident memory
+    elsewhere.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,5 @@
-"""The LM head of a causal LM: weight, bias, softcap, logit scale and the adapter that may sit on it.
+"""The LM head of a causal LM: weight, bias, softcap, logit scale and the adapter that may sit on
+it.
 
 Legend: H hidden, V vocabulary, r rank of a LoRA adapter.
 """
@@ -15,7 +16,8 @@ from dpo_fast.naive import HeadLoRA
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-# Names under which transformers' families keep a soft cap of their final logits (Gemma, RecurrentGemma, xLSTM).
+# Names under which transformers' families keep a soft cap of their final logits (Gemma,
+# RecurrentGemma, xLSTM).
 _SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Factors of the logits (Cohere; Muse; Falcon-H1), applied before the soft cap.
 _SCALE_FIELDS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -25,10 +27,12 @@ _SCALING_MULTIPLIES = ("hyperclovax",)
 
 @dataclass(frozen=True)
 class Head:
-    """One LM head, as :mod:`dpo_fast.functional` takes it: ``z = logit_scale * cap(x W^T + b + lora)``.
+    """One LM head, as :mod:`dpo_fast.functional` takes it: ``z = logit_scale * cap(x W^T + b +
+    lora)``.
 
-    ``weight [V, H]``, ``bias [V] | None``, ``softcap`` and ``logit_scale`` host numbers, ``lora`` the two factors of an
-    adapter on the head. All tensors are the live parameters, so gradients reach them.
+    ``weight [V, H]``, ``bias [V] | None``, ``softcap`` and ``logit_scale`` host numbers, ``lora``
+    the two factors of an adapter on the head. All tensors are the live parameters, so gradients
+    reach them.
     """
 
     weight: Tensor
@@ -67,13 +71,15 @@ def head_of(model: nn.Module) -> Head:
     """Read the LM head of ``model`` (any wrapper) with what its family does to the logits.
 
     Raises:
-        ValueError: the model has no output embeddings, or an adapter on them that cannot be expressed.
+        ValueError: the model has no output embeddings, or an adapter on them that cannot be
+        expressed.
     """
     model = base_causal_lm(model)
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(
-            f"{type(model).__name__} has no output embeddings (get_output_embeddings() is None), so there is no LM head "
+            f"{type(model).__name__} has no output embeddings (get_output_embeddings() is None), "
+            "so there is no LM head "
             "to score with. Use a causal LM such as AutoModelForCausalLM loads."
         )
     softcap, scale = logit_transform(model.config.get_text_config())
@@ -96,7 +102,9 @@ def logit_transform(config: "PretrainedConfig") -> tuple[float | None, float]:
 
 
 def head_parameters(layer: nn.Module) -> tuple[Tensor, Tensor | None, HeadLoRA | None]:
-    """``(weight, bias, lora)`` of an output layer: plain, PEFT ``modules_to_save``, or PEFT LoRA."""
+    """``(weight, bias, lora)`` of an output layer: plain, PEFT ``modules_to_save``, or PEFT
+    LoRA.
+    """
     if hasattr(layer, "modules_to_save") and hasattr(layer, "original_module"):
         layer = _active_copy(layer)
     if not hasattr(layer, "base_layer"):
@@ -134,14 +142,20 @@ def _tuner_parameters(layer: Any) -> tuple[Tensor, Tensor | None, HeadLoRA | Non
 
 
 def _has_adapter(layer: Any) -> bool:
-    return any(name in getattr(layer, kind) for kind in layer.adapter_layer_names
-               for name in layer.active_adapters if hasattr(getattr(layer, kind, None), "keys"))
+    return any(
+        name in getattr(layer, kind)
+        for kind in layer.adapter_layer_names
+        for name in layer.active_adapters
+        if hasattr(getattr(layer, kind, None), "keys")
+    )
 
 
 def _check_lora(layer: Any, active: list[str]) -> None:
     for name in active:
         if getattr(layer, "use_dora", {}).get(name) or name in getattr(layer, "lora_variant", {}):
-            raise ValueError(_unsupported(layer, f"a LoRA variant (DoRA or similar) named {name!r}"))
+            raise ValueError(
+                _unsupported(layer, f"a LoRA variant (DoRA or similar) named {name!r}")
+            )
         if getattr(layer.lora_B[name], "bias", None) is not None:
             raise ValueError(_unsupported(layer, f"lora_bias=True in adapter {name!r}"))
         dropout = layer.lora_dropout[name]
@@ -151,7 +165,9 @@ def _check_lora(layer: Any, active: list[str]) -> None:
 
 def _unsupported(layer: nn.Module, what: str) -> str:
     return (
-        f"The LM head ({type(layer).__name__}) carries {what}, which cannot be computed without the logits. Use plain "
-        "LoRA without dropout on the head (disable_dropout=True sets it to 0), put the head in modules_to_save, or leave "
+        f"The LM head ({type(layer).__name__}) carries {what}, which cannot be computed without "
+        "the logits. Use plain "
+        "LoRA without dropout on the head (disable_dropout=True sets it to 0), put the head in "
+        "modules_to_save, or leave "
         "it out of target_modules."
     )

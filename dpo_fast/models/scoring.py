@@ -1,7 +1,9 @@
-"""A forward that runs the backbone and hands hidden states and LM head to a scoring function: never logits.
+"""A forward that runs the backbone and hands hidden states and LM head to a scoring function: never
+logits.
 
-The scoring function runs *inside* the model's forward, so that the hooks of FSDP2 and DeepSpeed, which gather the head's
-weight around the forward, are in force, and the wrappers of DDP see the whole graph.
+The scoring function runs *inside* the model's forward, so that the hooks of FSDP2 and DeepSpeed,
+which gather the head's weight around the forward, are in force, and the wrappers of DDP see the
+whole graph.
 
 Legend: B rows, T padded length, N scored tokens, H hidden, V vocabulary.
 """
@@ -30,17 +32,21 @@ NON_MODEL_KEYS = (
 
 
 class ScoredOutput(NamedTuple):
-    """``value``: what the scoring function returned; ``aux_loss``: MoE load balancing loss (scalar) or None."""
+    """``value``: what the scoring function returned; ``aux_loss``: MoE load balancing loss (scalar)
+    or None.
+    """
 
     value: Any
     aux_loss: Tensor | None
 
 
 def install_scoring(model: nn.Module) -> None:
-    """Teach this instance ``model(..., scoring=fn)``; without ``scoring`` the forward is the original one.
+    """Teach this instance ``model(..., scoring=fn)``; without ``scoring`` the forward is the
+    original one.
 
-    Equivalent to ``fn(model.base_model(...).last_hidden_state, head_of(model))``. Idempotent. Undo it with
-    :func:`uninstall_scoring`. Works below PEFT and DDP wrappers, which pass keywords through.
+    Equivalent to ``fn(model.base_model(...).last_hidden_state, head_of(model))``. Idempotent. Undo
+    it with :func:`uninstall_scoring`. Works below PEFT and DDP wrappers, which pass keywords
+    through.
     """
     model = base_causal_lm(model)
     if hasattr(model, _ORIGINAL):
@@ -83,8 +89,10 @@ def forward_scored(
 
     Args:
         model: a causal LM on which :func:`install_scoring` was called.
-        batch: model inputs and the keys of :class:`dpo_fast.batch.TokenPlan`; other keys go to the model.
-        fn: called once, inside the forward, with the hidden states that predict the N scored tokens.
+        batch: model inputs and the keys of :class:`dpo_fast.batch.TokenPlan`; other keys go to the
+            model.
+        fn: called once, inside the forward, with the hidden states that predict the N scored
+            tokens.
         aux_loss: ask a mixture-of-experts model for its load balancing loss.
     """
     plan = TokenPlan.from_batch(batch)
@@ -117,7 +125,8 @@ def _run_scored(
     implementation = lm.config._attn_implementation
     if SEGMENTS_KEY in kwargs and not str(implementation).startswith("dpo_fast"):
         raise RuntimeError(
-            f"{type(lm).__name__} got packed rows, but its attention is {implementation!r}, which would mix the "
+            f"{type(lm).__name__} got packed rows, but its attention is {implementation!r}, which "
+            "would mix the "
             "sequences: run it inside dpo_fast.layouts.segment_attention_in(model)."
         )
     outputs = lm.base_model(*args, **kwargs)
@@ -129,10 +138,16 @@ def _run_scored(
     return ScoredOutput(value, aux)
 
 
-def _load_balancing_loss(lm: nn.Module, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    """The family's own load balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6, as transformers has it)."""
-    function = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
+def _load_balancing_loss(
+    lm: nn.Module, router_logits: Any, attention_mask: Tensor | None
+) -> Tensor:
+    """The family's own load balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6, as
+    transformers has it).
+    """
+    function: Any = getattr(sys.modules[type(lm).__module__], "load_balancing_loss_func", None)
     if function is None:
-        from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as function
+        from transformers.models.mixtral.modeling_mixtral import (
+            load_balancing_loss_func as function,
+        )
     config = lm.config.get_text_config()  # type: ignore[operator, union-attr]
     return function(router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)

@@ -35,7 +35,8 @@ class CheckpointingMixin:
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers; ``True`` takes the newest complete checkpoint and says what it passed over.
+        """As in transformers; ``True`` takes the newest complete checkpoint and says what it passed
+        over.
 
         Raises:
             ValueError: there is no complete checkpoint.
@@ -44,6 +45,7 @@ class CheckpointingMixin:
         path = self._complete_checkpoint(resume_from_checkpoint)
         if path is not None:
             load_reference_state(path, self.reference)
+            self._metrics.total_tokens = _tokens_so_far(path)  # type: ignore[attr-defined]
         self._perf.restart()  # type: ignore[attr-defined]
         return super().train(path, *args, **kwargs)  # type: ignore[misc]
 
@@ -58,7 +60,8 @@ class CheckpointingMixin:
             logger.warning("Checkpoint passed over: %s.", one.reason)
         if path is None:
             raise ValueError(
-                f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint: give a folder, "
+                f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete "
+                "checkpoint: give a folder, "
                 "or start without it."
             )
         logger.info("Resuming from %s.", path)
@@ -111,6 +114,14 @@ class CheckpointingMixin:
             written = json.loads(path.read_text())
             written["best_model_checkpoint"] = str(stage.final)
             path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+
+
+def _tokens_so_far(checkpoint: str) -> int:
+    """``num_tokens`` of the checkpoint's last log line; 0 before the first."""
+    history = TrainerState.load_from_json(
+        os.path.join(checkpoint, "trainer_state.json")
+    ).log_history
+    return next((int(e["num_tokens"]) for e in reversed(history) if "num_tokens" in e), 0)
 
 
 class ReferenceCallback(TrainerCallback):

@@ -3,12 +3,13 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from dpo_fast.backends import choose as choose_backend
 from dpo_fast.batch import PlannedCollator
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import DPOConfig, refuse_removed
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftConfig
     from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+
+    EvalDatasets: TypeAlias = Dataset | IterableDataset | dict[str, Dataset | IterableDataset]
 
 logger = logging.getLogger("dpo_fast")
 
@@ -54,15 +57,18 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
     """Direct Preference Optimization (arXiv 2305.18290) with the arguments of TRL's ``DPOTrainer``.
 
     Args:
-        model: a name or folder, a ``PreTrainedModel``, or a ``PeftModel`` whose adapter goes on training.
-        ref_model: the reference, a model or its name; None: the policy as it is now (what that means: ``args.reference``).
+        model: a name or folder, a ``PreTrainedModel``, or a ``PeftModel`` whose adapter goes on
+            training.
+        ref_model: the reference, a model or its name; None: the policy as it is now (what that
+            means: ``args.reference``).
         args: a :class:`DPOConfig`, a ``trl.DPOConfig``, or None for the defaults.
-        data_collator: rows to ``input_ids``, ``attention_mask``, ``completion_mask`` ``[2P, T]``; None:
-            :class:`DataCollatorForPreference`.
+        data_collator: rows to ``input_ids``, ``attention_mask``, ``completion_mask`` ``[2P, T]``;
+            None: :class:`DataCollatorForPreference`.
         train_dataset: pairs in any of TRL's text formats, or tokenised.
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer; None: the one saved with the model.
-        compute_metrics: gets logits ``[2P, T, V]`` and ``input_ids``; the only place where logits exist.
+        compute_metrics: gets logits ``[2P, T, V]`` and ``input_ids``; the only place where logits
+            exist.
         callbacks, optimizers: as in ``transformers.Trainer``.
         quantization_config: used when ``model`` is a name.
         peft_config: makes the policy an adapter of ``model``.
@@ -73,6 +79,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
     """
 
     _tag_names = ("trl", "dpo", "dpo_fast")
+    objective: Objective
 
     def __init__(
         self,
@@ -81,7 +88,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         args: DPOConfig | transformers.TrainingArguments | None = None,
         data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
         train_dataset: "Dataset | IterableDataset | None" = None,
-        eval_dataset: "Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None" = None,
+        eval_dataset: "EvalDatasets | None" = None,
         processing_class: Any = None,
         compute_metrics: "Callable[[EvalPrediction], dict[str, float]] | None" = None,
         callbacks: "list[TrainerCallback] | None" = None,
@@ -94,15 +101,17 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         _refuse_unknown(removed)
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
         self.check_train_dataset(train_dataset, args)
-        if ref_model is not None and ref_model is model:
+        if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError(
-                "model and ref_model are the same object, so the reference would move with the policy: omit ref_model, "
+                "model and ref_model are the same object, so the reference would move with the "
+                "policy: omit ref_model, "
                 "and a copy is kept for you."
             )
-        probe_writable(args.output_dir)
+        probe_writable(args.output_dir or ".", "output folder")
         parts = setup.build_parts(
             model, ref_model, args, processing_class, quantization_config, peft_config
         )
+        choose_backend(args.lm_head_backend, args.device.type, setup.head_dtype(parts.policy, args))
         self.loss = setup.build_objective_loss(args)
         plan = choose_reference(
             args,
@@ -126,7 +135,8 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
             optimizers=optimizers,
         )
         self._refuse_data_parallel()
-        # The loss is the share of a mean over the global batch already: the base class must not scale it again.
+        # The loss is the share of a mean over the global batch already: the base class must not
+        # scale it again.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         self._warned_logits = False
@@ -137,9 +147,10 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         self.init_logs()
         self.start_reference(plan, parts.ref_model)
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
+    # --------------------
 
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # the counts are ours
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -158,7 +169,9 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, with activations in host memory where ``activation_offloading`` asks for it."""
+        """One micro-batch, with activations in host memory where ``activation_offloading`` asks for
+        it.
+        """
         with self._activation_offload_context():
             return super().training_step(*args, **kwargs)
 
@@ -172,10 +185,12 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         """Ranks that see different pairs."""
         return self.accelerator.num_processes // self.get_tp_size()
 
-    def _get_num_items_in_batch(
+    def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> BatchCounts | None:
-        """Pairs and chosen tokens of all micro-batches of a step, over the ranks; host numbers in one process."""
+        """Pairs and chosen tokens of all micro-batches of a step, over the ranks; host numbers in
+        one process.
+        """
         if not batch_samples:
             return None
         pairs = tokens = 0
@@ -190,9 +205,10 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = list(SIGNATURE_COLUMNS)
+            self._signature_columns = list(SIGNATURE_COLUMNS)  # type: ignore[assignment]
 
-    # -- evaluation ----------------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------
+    # --------------------
 
     def prediction_step(
         self,
@@ -201,7 +217,9 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss of a batch; with ``compute_metrics`` also its logits ``[2P, T, V]`` and ``input_ids``."""
+        """Loss of a batch; with ``compute_metrics`` also its logits ``[2P, T, V]`` and
+        ``input_ids``.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -214,12 +232,15 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         return loss, logits, inputs["input_ids"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a ragged last batch keeps the rejected rows of its predictions."""
+        """As in transformers, but a ragged last batch keeps the rejected rows of its
+        predictions.
+        """
         self.gather_function = self._gather_pairs
         return super().evaluation_loop(*args, **kwargs)
 
     def _gather_pairs(self, tensor: Tensor) -> Tensor:
-        # gather_for_metrics cuts the last batch to its number of pairs; predictions have two rows a pair.
+        # gather_for_metrics cuts the last batch to its number of pairs; predictions have two rows a
+        # pair.
         pairs = getattr(self, "_eval_pairs", None)
         if tensor.dim() < 2 or pairs is None or tensor.shape[0] != 2 * pairs:
             return self.accelerator.gather_for_metrics(tensor)
@@ -230,13 +251,15 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         if not self._warned_logits:
             self._warned_logits = True
             logger.warning(
-                "compute_metrics needs logits: each evaluation batch takes one more forward, with [2P, T, V] in memory."
+                "compute_metrics needs logits: each evaluation batch takes one more forward, with "
+                "[2P, T, V] in memory."
             )
 
     def _refuse_data_parallel(self) -> None:
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process sees {self.args.n_gpu} GPUs, which transformers would drive with nn.DataParallel: launch "
+                f"One process sees {self.args.n_gpu} GPUs, which transformers would drive with "
+                "nn.DataParallel: launch "
                 "with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
 

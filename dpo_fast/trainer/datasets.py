@@ -1,4 +1,6 @@
-"""The trainer's data sets: checked, tokenised, and given reference log-probs where those are computed beforehand."""
+"""The trainer's data sets: checked, tokenised, and given reference log-probs where those are
+computed beforehand.
+"""
 
 import logging
 from typing import Any
@@ -15,7 +17,9 @@ logger = logging.getLogger("dpo_fast")
 
 
 class DatasetsMixin:
-    """Part of :class:`dpo_fast.Trainer`: raw data sets in, batches' rows out, also for ``evaluate``."""
+    """Part of :class:`dpo_fast.Trainer`: raw data sets in, batches' rows out, also for
+    ``evaluate``.
+    """
 
     args: Any
     model: Any
@@ -26,7 +30,8 @@ class DatasetsMixin:
 
     @staticmethod
     def check_train_dataset(dataset: Any, args: DPOConfig) -> None:
-        """TRL's errors for TRL's mistakes; streams are never dispatched from rank 0 (their batches are ragged).
+        """TRL's errors for TRL's mistakes; streams are never dispatched from rank 0 (their batches
+        are ragged).
 
         Raises:
             ValueError: no dataset. TypeError: not a ``datasets`` object.
@@ -34,24 +39,32 @@ class DatasetsMixin:
         from datasets import Dataset, IterableDataset
 
         if dataset is None:
-            raise ValueError("train_dataset is required: pass a datasets.Dataset or IterableDataset.")
+            raise ValueError(
+                "train_dataset is required: pass a datasets.Dataset or IterableDataset."
+            )
         if not isinstance(dataset, Dataset | IterableDataset):
             raise TypeError(
-                f"train_dataset must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}: "
+                "train_dataset must be a datasets.Dataset or IterableDataset, got "
+                f"{type(dataset).__name__}: "
                 "datasets.Dataset.from_list(rows) makes one from a list of dicts."
             )
         if isinstance(dataset, IterableDataset):
-            if args.accelerator_config.dispatch_batches:
+            accelerator_config: Any = args.accelerator_config
+            if accelerator_config.dispatch_batches:
                 logger.warning("dispatch_batches=True is set to False: train_dataset is a stream.")
-            args.accelerator_config.dispatch_batches = False
+            accelerator_config.dispatch_batches = False
 
     def configure_data(self, args: DPOConfig, tokenizer: Any) -> None:
-        """Remember what preparation needs; ``self.args`` does not exist before the base class is built."""
+        """Remember what preparation needs; ``self.args`` does not exist before the base class is
+        built.
+        """
         self._data_args, self._tokenizer = args, tokenizer
         self.prepare_reports: dict[str, PrepareReport] = {}
 
     def prepare(self, dataset: Any, name: str) -> Any:
-        """``dataset`` with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; see :func:`prepare_dataset`."""
+        """``dataset`` with ``prompt_ids``, ``chosen_ids``, ``rejected_ids``; see
+        :func:`prepare_dataset`.
+        """
         args = self._data_args
         prepared, report = prepare_dataset(
             dataset,
@@ -71,7 +84,9 @@ class DatasetsMixin:
         return None if dataset is None else self.prepare(dataset, "eval")
 
     def start_reference(self, plan: ReferencePlan, ref_model: nn.Module | None) -> None:
-        """Build the reference and, where it is precomputed, give its log-probs to every data set."""
+        """Build the reference and, where it is precomputed, give its log-probs to every data
+        set.
+        """
         self.reference = build_reference(
             plan,
             self.args,
@@ -91,11 +106,15 @@ class DatasetsMixin:
 
     @property
     def ref_model(self) -> nn.Module | None:
-        """The reference as a model, or None where none is held (adapters, precomputed, reference-free)."""
+        """The reference as a model, or None where none is held (adapters, precomputed,
+        reference-free).
+        """
         return getattr(self.reference, "module", None)
 
     def attach(self, dataset: Any, name: str) -> Any:
-        """Add ``ref_chosen_logps`` and ``ref_rejected_logps`` where the reference is precomputed."""
+        """Add ``ref_chosen_logps`` and ``ref_rejected_logps`` where the reference is
+        precomputed.
+        """
         if not isinstance(self.reference, PrecomputedReference) or dataset is None:
             return dataset
         if isinstance(dataset, dict):
@@ -108,7 +127,9 @@ class DatasetsMixin:
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As in transformers; a data set given here may be raw, and is prepared like those of the constructor."""
+        """As in transformers; a data set given here may be raw, and is prepared like those of the
+        constructor.
+        """
         if eval_dataset is None or isinstance(eval_dataset, str):
             return self._evaluate_prepared(eval_dataset, ignore_keys, metric_key_prefix)
         prepared = self.attach(self.prepare_eval(eval_dataset), "eval")

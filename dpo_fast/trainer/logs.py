@@ -29,7 +29,9 @@ class LogsMixin:
         return self.accelerator.reduce(table, reduction="sum")
 
     def wants_token_stats(self) -> bool:
-        """Whether this micro-batch's step ends with a log line (or every step shall have the statistics)."""
+        """Whether this micro-batch's step ends with a log line (or every step shall have the
+        statistics).
+        """
         mode = self.args.token_stats
         if mode != "log_steps" or not self.model.training:
             return mode != "never"
@@ -45,8 +47,8 @@ class LogsMixin:
         """Add the metrics since the last log, with TRL's names, and hand over to transformers.
 
         Raises:
-            FloatingPointError: a training loss since the last log was NaN or infinite (``logging_nan_inf_filter=True``
-                lets the run go on).
+            FloatingPointError: a training loss since the last log was NaN or infinite
+                (``logging_nan_inf_filter=True`` lets the run go on).
         """
         mode = "train" if self.model.training else "eval"
         popped = self._metrics.pop(mode)
@@ -64,9 +66,12 @@ class LogsMixin:
         if self.args.logging_nan_inf_filter or self.args.fp16:
             return  # fp16's loss scaler skips such steps by itself
         raise FloatingPointError(
-            f"The loss of {count} micro-batch(es) since the last log (before step {self.state.global_step}) was NaN or "
-            "infinite. Lower the learning rate or max_grad_norm, look for broken rows with `dpo-fast inspect-data`, or "
-            "train in fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True goes on regardless."
+            f"The loss of {count} micro-batch(es) since the last log (before step "
+            f"{self.state.global_step}) was NaN or "
+            "infinite. Lower the learning rate or max_grad_norm, look for broken rows with "
+            "`dpo-fast inspect-data`, or "
+            "train in fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True "
+            "goes on regardless."
         )
 
 
@@ -80,4 +85,3 @@ def is_log_step(args: TrainingArguments, state: Any, step: int) -> bool:
     if args.logging_strategy == IntervalStrategy.STEPS:
         return step % max(int(state.logging_steps or 1), 1) == 0
     return args.logging_strategy == IntervalStrategy.EPOCH
-

@@ -1,4 +1,5 @@
-"""One micro-batch: policy and reference through the LM head, the pair loss, the scalar that is differentiated.
+"""One micro-batch: policy and reference through the LM head, the pair loss, the scalar that is
+differentiated.
 
 Legend: P pairs, S = 2P sequences, N scored tokens, H hidden.
 """
@@ -27,7 +28,9 @@ class BatchCounts(NamedTuple):
 
 
 class ObjectiveOutput(NamedTuple):
-    """``loss``: this micro-batch's share of the global mean, scalar; the rest is for the metrics."""
+    """``loss``: this micro-batch's share of the global mean, scalar; the rest is for the
+    metrics.
+    """
 
     loss: Tensor
     fused: FusedDPOOutput
@@ -36,9 +39,11 @@ class ObjectiveOutput(NamedTuple):
 
 
 class Objective:
-    """``sum over the micro-batch's pairs of losses / num_pairs of the global batch``, plus the MoE term.
+    """``sum over the micro-batch's pairs of losses / num_pairs of the global batch``, plus the MoE
+    term.
 
-    The sum over micro-batches and ranks is the exact mean over the pairs of the global batch, however they are split.
+    The sum over micro-batches and ranks is the exact mean over the pairs of the global batch,
+    however they are split.
     """
 
     def __init__(
@@ -80,10 +85,10 @@ class Objective:
             loss = loss + self.router_aux_loss_coef * share * scored.aux_loss
         return ObjectiveOutput(loss, scored.value, scored.aux_loss, plan)
 
-    def _reference(
-        self, reference: Reference | None, batch: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What ``fused_linear_dpo`` is told about the reference: hidden states and head, or finished log-probs."""
+    def _reference(self, reference: Reference | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``fused_linear_dpo`` is told about the reference: hidden states and head, or
+        finished log-probs.
+        """
         if reference is None:
             return {}
         with torch.no_grad():

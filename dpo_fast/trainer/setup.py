@@ -1,4 +1,6 @@
-"""What happens to model, adapter and tokenizer before training: loading, wrapping, dropout, checks."""
+"""What happens to model, adapter and tokenizer before training: loading, wrapping, dropout,
+checks.
+"""
 
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,7 +11,7 @@ from transformers import set_seed
 
 from dpo_fast.config import DPOConfig
 from dpo_fast.losses import PreferenceLoss, build_loss
-from dpo_fast.models import check_head, install_scoring, is_peft_model
+from dpo_fast.models import check_head, head_of, install_scoring, is_peft_model
 from dpo_fast.reference.checks import check_finite
 
 if TYPE_CHECKING:
@@ -20,7 +22,9 @@ logger = logging.getLogger("dpo_fast")
 
 
 class Parts(NamedTuple):
-    """What a training is made of, ready to run: the policy scores, dropout is off, tokenizer and configs agree."""
+    """What a training is made of, ready to run: the policy scores, dropout is off, tokenizer and
+    configs agree.
+    """
 
     policy: nn.Module
     ref_model: nn.Module | None
@@ -38,7 +42,8 @@ def build_parts(
     """Load what is given by name, wrap it with adapters, check it.
 
     Raises:
-        ValueError, TypeError: broken weights, a head that cannot be scored, contradicting arguments.
+        ValueError, TypeError: broken weights, a head that cannot be scored, contradicting
+        arguments.
     """
     set_seed(args.seed)  # adapters are initialised at random
     if isinstance(model, str):
@@ -53,6 +58,11 @@ def build_parts(
     if is_peft_model(model):
         prepare_peft(model, args)
     check_finite(model, "policy")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "No parameter of the policy requires a gradient, so nothing would be trained: call "
+            "model.requires_grad_(True), or load the adapter with is_trainable=True."
+        )
     if args.disable_dropout:
         disable_dropout(model)
         if ref_model is not None:
@@ -73,11 +83,16 @@ def build_objective_loss(args: DPOConfig) -> PreferenceLoss:
         f_alpha_divergence_coef=args.f_alpha_divergence_coef,
         discopop_tau=args.discopop_tau,
         use_weighting=args.use_weighting,
+        simpo_gamma=args.simpo_gamma,
+        cpo_alpha=args.cpo_alpha,
+        kto_desirable_weight=args.kto_desirable_weight,
+        kto_undesirable_weight=args.kto_undesirable_weight,
     )
 
 
 def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "PreTrainedModel":
-    """A causal LM from a hub name or a folder, the way TRL loads it: fp32 unless ``model_init_kwargs`` says otherwise.
+    """A causal LM from a hub name or a folder, the way TRL loads it: fp32 unless
+    ``model_init_kwargs`` says otherwise.
 
     Raises:
         ValueError: ``quantization_config`` is given twice.
@@ -88,7 +103,8 @@ def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "
     if quantization_config is not None:
         if "quantization_config" in kwargs:
             raise ValueError(
-                "quantization_config is given to the trainer and in model_init_kwargs: give it once, to the trainer."
+                "quantization_config is given to the trainer and in model_init_kwargs: give it "
+                "once, to the trainer."
             )
         kwargs["quantization_config"] = quantization_config
     dtype = kwargs.get("dtype", "float32")
@@ -96,7 +112,8 @@ def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "
         dtype = getattr(torch, dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(
-                f"model_init_kwargs dtype={kwargs['dtype']!r} is no torch dtype: use 'auto', 'float32', 'bfloat16' or "
+                f"model_init_kwargs dtype={kwargs['dtype']!r} is no torch dtype: use 'auto', "
+                "'float32', 'bfloat16' or "
                 "'float16'."
             )
     kwargs["dtype"] = dtype
@@ -110,7 +127,8 @@ def refuse_load_arguments(args: DPOConfig, quantization_config: Any) -> None:
         logger.warning("model_init_kwargs is ignored: the model is given as an object.")
     if quantization_config is not None:
         raise ValueError(
-            "quantization_config only applies when the model is loaded here: give the model by name, or omit it."
+            "quantization_config only applies when the model is loaded here: give the model by "
+            "name, or omit it."
         )
 
 
@@ -124,23 +142,27 @@ def wrap_peft(model: nn.Module, peft_config: "PeftConfig") -> nn.Module:
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
-            f"peft_config must be a peft.PeftConfig such as LoraConfig, got {type(peft_config).__name__}."
+            "peft_config must be a peft.PeftConfig such as LoraConfig, got "
+            f"{type(peft_config).__name__}."
         )
     if is_peft_model(model):
         raise ValueError(
-            "The model is a PeftModel and a peft_config is given too. Either go on training its adapter (omit "
+            "The model is a PeftModel and a peft_config is given too. Either go on training its "
+            "adapter (omit "
             "peft_config), or merge it first (model.merge_and_unload()) and pass the merged model."
         )
-    return get_peft_model(model, peft_config)  # type: ignore[arg-type]
+    return get_peft_model(model, peft_config)
 
 
 def prepare_peft(model: nn.Module, args: DPOConfig) -> None:
-    """Settings that adapter training needs: input gradients for checkpointing, bf16 adapters on quantised models."""
+    """Settings that adapter training needs: input gradients for checkpointing, bf16 adapters on
+    quantised models.
+    """
     if args.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        # QLoRA (arXiv 2305.14314, section 3) keeps adapters in bf16. DoRA's magnitude stays in fp32: its updates are
-        # smaller than bf16 resolves (huggingface/trl#7268).
+        # QLoRA (arXiv 2305.14314, section 3) keeps adapters in bf16. DoRA's magnitude stays in
+        # fp32: its updates are smaller than bf16 resolves (huggingface/trl#7268).
         for name, param in model.named_parameters():
             if param.requires_grad and "lora_magnitude_vector" not in name:
                 param.data = param.data.to(torch.bfloat16)
@@ -161,14 +183,15 @@ def resolve_tokenizer(
         name = config._name_or_path  # type: ignore[union-attr]
         if not name:
             raise ValueError(
-                "processing_class is None and the model was not loaded from a folder or the hub, so its tokenizer is "
+                "processing_class is None and the model was not loaded from a folder or the hub, "
+                "so its tokenizer is "
                 "unknown: pass processing_class=<tokenizer>."
             )
         processing_class = AutoTokenizer.from_pretrained(
             name, trust_remote_code=args.trust_remote_code
         )
     if isinstance(processing_class, ProcessorMixin):
-        processing_class = processing_class.tokenizer  # type: ignore[attr-defined]
+        processing_class = processing_class.tokenizer
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             "processing_class must be a tokenizer (PreTrainedTokenizerBase), got "
@@ -186,7 +209,8 @@ def resolve_tokenizer(
 
 
 def disable_dropout(model: nn.Module) -> int:
-    """Set every dropout to 0: modules (LoRA's included) and the rates that attention reads as a number.
+    """Set every dropout to 0: modules (LoRA's included) and the rates that attention reads as a
+    number.
 
     Returns how many were above 0; they are named in one log line.
     """
@@ -207,8 +231,16 @@ def disable_dropout(model: nn.Module) -> int:
     return len(changed)
 
 
+def head_dtype(model: nn.Module, args: DPOConfig) -> torch.dtype:
+    """In what the LM head will compute: mixed precision's dtype, or its weight's."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return head_of(model).weight.dtype
+
+
 def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:
-    """Weight of the load balancing loss: ``router_aux_loss_coef``, or the model's own; 0 where there is none.
+    """Weight of the load balancing loss: ``router_aux_loss_coef``, or the model's own; 0 where
+    there is none.
 
     Raises:
         ValueError: a weight is asked for on a model without experts.
@@ -218,7 +250,8 @@ def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:
     has_router = hasattr(config, "output_router_logits")
     if coef and not has_router:
         raise ValueError(
-            f"router_aux_loss_coef={coef}, but {type(model).__name__} has no experts that report router logits: "
+            f"router_aux_loss_coef={coef}, but {type(model).__name__} has no experts that report "
+            "router logits: "
             "leave it unset."
         )
     if coef is None:
@@ -237,7 +270,8 @@ def require_transformers() -> None:
 
     if Version(transformers.__version__) < Version("5.17.0"):
         raise ImportError(
-            f"dpo_fast.Trainer needs transformers >= 5.17, found {transformers.__version__}: pip install -U "
-            "'transformers>=5.17'. dpo_fast.functional, losses and integrations work with 4.56 and later."
+            f"dpo_fast.Trainer needs transformers >= 5.17, found {transformers.__version__}: pip "
+            "install -U "
+            "'transformers>=5.17'. dpo_fast.functional, losses and integrations work with 4.56 and "
+            "later."
         )
-

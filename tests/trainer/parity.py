@@ -1,6 +1,8 @@
-"""Runs the same training in TRL 1.16's DPOTrainer and in dpo_fast.Trainer and compares what came out.
+"""Runs the same training in TRL 1.16's DPOTrainer and in dpo_fast.Trainer and compares what came
+out.
 
-Both get deep copies of one model, a perturbed reference, ragged rows, some of them truncated, in fp32.
+Both get deep copies of one model, a perturbed reference, ragged rows, some of them truncated, in
+fp32.
 """
 
 import copy
@@ -87,13 +89,17 @@ def config_kwargs(**overrides: Any) -> dict[str, Any]:
 def rows(n: int = 24, seed: int = 0) -> Dataset:
     """Ragged preference rows of few words, some longer than ``max_length``.
 
-    Short answers keep sums of log-probs near -100, where float32 resolves 1e-5: with longer ones the comparison would
-    measure rounding, of TRL's sums as much as of ours.
+    Short answers keep sums of log-probs near -100, where float32 resolves 1e-5: with longer ones
+    the comparison would measure rounding, of TRL's sums as much as of ours.
     """
     rng = random.Random(seed)
     out = []
     for row in tiny_preferences(n, seed):
-        cut = {"prompt": rng.randint(1, 5), "chosen": rng.randint(1, 6), "rejected": rng.randint(1, 6)}
+        cut = {
+            "prompt": rng.randint(1, 5),
+            "chosen": rng.randint(1, 6),
+            "rejected": rng.randint(1, 6),
+        }
         out.append({key: " " + " ".join(row[key].split()[:words]) for key, words in cut.items()})
     return Dataset.from_list(out)
 
@@ -159,7 +165,8 @@ def assert_same_log(
             if key in skip:
                 continue
             assert key in mine and key in expected, (step, key, sorted(mine), sorted(expected))
-            # the norm of the gradient after steps of AdamW is no function of theirs that rounding leaves alone
+            # the norm of the gradient after steps of AdamW is no function of theirs that rounding
+            # leaves alone
             bound = max(1.0, abs(expected[key])) * tolerance * (10 if key == "grad_norm" else 1)
             assert abs(mine[key] - expected[key]) <= bound, (step, key, mine[key], expected[key])
 

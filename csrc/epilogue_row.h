@@ -111,13 +111,16 @@ LANES_FN void segment_exp(const Row& row, int64_t begin, int64_t end, Sums& sums
   flush<kStats>(sums, lanes);
 }
 
-// torch.argmax takes the first NaN for the maximum.
-LANES_FN bool nan_is_top1(const Row& row, int64_t vocab, int64_t y) {
+// Whether y is the row's argmax as torch has it: the first NaN if there is one, else the first maximum.
+LANES_FN bool is_argmax(const Row& row, int64_t vocab, int64_t y) {
+  int64_t best = 0;
   for (int64_t j = 0; j < vocab; ++j) {
     const float a = row.logits[j] + (row.bias ? row.bias[j] : 0.0f);
+    const float top = row.logits[best] + (row.bias ? row.bias[best] : 0.0f);
     if (a != a) return j == y;
+    if (a > top) best = j;
   }
-  return false;
+  return best == y;
 }
 
 LANES_INLINE float one(Lanes a) { return reduce_max(a); }  // of lanes that are all equal; NaN stays NaN
@@ -133,8 +136,9 @@ LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
   const float others = before > after ? before : after;
   const float shift = own > others ? own : others;
   row.shift = set1(shift);
-  const bool nan_target = kStats && own != own;
-  const bool top1 = nan_target ? nan_is_top1(row, vocab, y) : own > before && own >= after;
+  // Of finite logits the segments' maxima tell; a NaN elsewhere shows in the sum.
+  const bool by_hand = kStats && (own != own || !std::isfinite(shift));
+  const bool top1 = by_hand ? is_argmax(row, vocab, y) : own > before && own >= after;
 
   Sums sums;
   segment_exp<kCap, kWrite, kStats>(row, 0, y, sums);
@@ -156,7 +160,7 @@ LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
     const double log_total = is_max ? std::log1p(rest) : std::log(total);
     column[kEntropy * step] = static_cast<float>(log_total - weighted / total);
     column[kMeanLogit * step] = static_cast<float>((sums.z + one(target.z)) / static_cast<double>(vocab));
-    column[kIsTop1 * step] = top1 && (nan_target || rest == rest);  // a NaN elsewhere is above the target
+    column[kIsTop1 * step] = top1 && (by_hand || rest == rest);
     column[kLogSumSquares * step] = static_cast<float>(std::log(sums.squares + e * e) - 2.0 * log_total);
   }
 }

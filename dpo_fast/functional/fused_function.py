@@ -115,13 +115,19 @@ class FusedLinearDPO(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 8
-        # On the CPU the value is at hand: multiplying by 1 would copy a whole head's gradient.
-        is_one = dloss.device.type == "cpu" and dloss.item() == 1.0
+        # The last backward may scale in place: a copy would be as large as the whole head.
+        scale = torch.mul if _graph_is_kept() else Tensor.mul_
         scaled = [
-            None if g is None else (g if is_one else g * dloss).to(d)
+            None if g is None else scale(g, dloss).to(d)
             for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None)
+
+
+def _graph_is_kept() -> bool:
+    """Whether a further backward may read what this one reads (retain_graph); True if unknown."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
 
 
 def run_groups(

@@ -2,6 +2,7 @@
 
 import logging
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -25,16 +26,20 @@ def _chunked() -> HeadBackend:
     return ChunkedBackend()
 
 
-def triton_refusal(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run such inputs here; None if they can.
+@cache
+def _triton() -> HeadBackend:
+    from dpo_fast.backends.triton_backend import TritonBackend
 
-    This is the place where ``dpo_fast_kernels`` is wired in: an adapter with the members of
-    ``HeadBackend`` around its launchers, a ``_triton()`` factory above, None returned here for what
-    the kernels take, and ``"auto"`` below picks it.
-    """
-    if device_type != "cuda":
-        return f"the tensors are on {device_type!r}, and the Triton kernels run on CUDA devices"
-    return "this version of dpo_fast has no Triton LM head"
+    return TritonBackend()
+
+
+def triton_refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run such inputs here; None if they can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    from dpo_fast.backends.triton_backend import refusal
+
+    return refusal(device_type, dtype)
 
 
 @cache
@@ -54,8 +59,12 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
         return _chunked()
     refusal = triton_refusal(device_type, dtype)
     if name == "triton":
-        raise ValueError(f"backend='triton' cannot run: {refusal}. Use backend='auto'.")
-    backend = _chunked()
-    reason = f"not triton: {refusal}"
+        if refusal is not None:
+            raise ValueError(f"backend='triton' cannot run: {refusal}. Use backend='auto'.")
+        return _triton()
+    if device_type == "cuda" and refusal is None:
+        backend, reason = _triton(), "a CUDA device and a dtype that the kernels take"
+    else:
+        backend, reason = _chunked(), f"not triton: {refusal}"
     logger.info("LM head on %s, %s: backend %r (%s)", device_type, dtype, backend.name, reason)
     return backend

@@ -116,9 +116,9 @@ def exp_gemm_case(
     target: str, tma: bool, tile: Tile, text: str, on: dict[str, bool], store: bool, limit: int
 ) -> Case:
     tma_store = tma and store_by_tma(on["HAS_SOFTCAP"], on["STATS"])
-    constants = {
+    constants: dict[str, Any] = {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
-        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "TMA": tma, "TMA_STORE": tma_store, "STORE": store, **on,
+        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma, "TMA_STORE": tma_store, "STORE": store, **on,
     }  # fmt: skip
     types = {}
     if tma:
@@ -200,7 +200,7 @@ def row_cases(target: str) -> Iterator[Case]:
             "rows", "_reduce_tiles_kernel", BLOCK_N=32, BLOCK_T=64, MAXIMUM=maximum, INDIRECT=True
         )
     for redo in (False, True):
-        gone = {} if redo else {"rows_ptr": None, "count_ptr": None}
+        gone: dict[str, Any] = {} if redo else {"rows_ptr": None, "count_ptr": None}
         yield case(
             "rows", "_finish_rows_kernel", BLOCK=128, E_DTYPE="bf16", STATS=True, STORE=True,
             FROM_K=redo, INDIRECT=redo, **gone,

@@ -209,17 +209,28 @@ def half_precision(
     )
 
 
+def engine_name(name: str | None, dtype: torch.dtype) -> str:
+    """"triton" (:class:`ExpGemm`) or "cublas" (:class:`Logits`); None decides by dtype."""
+    if name is None:
+        return "triton" if dtype == torch.bfloat16 else "cublas"
+    if name not in ("triton", "cublas"):
+        raise ValueError(f"engine={name!r} is unknown; use 'triton', 'cublas' or None")
+    return name
+
+
+def stored_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of E for a weight's dtype: the weight's, but never float16 from the exp-GEMM."""
+    triton_half = engine_name(name, dtype) == "triton" and dtype == torch.float16
+    return torch.bfloat16 if triton_half else dtype
+
+
 def choose_engine(
     name: str | None, operands: Operands, stats: bool, e_dtype: torch.dtype | None = None
 ) -> Engine:
-    """ "triton" (:class:`ExpGemm`) or "cublas" (:class:`Logits`); None decides by dtype."""
+    """The engine of a call; ``e_dtype`` overrides :func:`stored_dtype` (tests round E that way)."""
     dtype = operands.w.dtype
-    if name is None:
-        name = "triton" if dtype == torch.bfloat16 else "cublas"
-    if name == "triton":
-        if e_dtype is None:
-            e_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    if e_dtype is None:
+        e_dtype = stored_dtype(name, dtype)
+    if engine_name(name, dtype) == "triton":
         return ExpGemm(plan_launch(operands, stats), e_dtype)
-    if name == "cublas":
-        return Logits(num_programs(operands.x), dtype if e_dtype is None else e_dtype)
-    raise ValueError(f"engine={name!r} is unknown; use 'triton', 'cublas' or None")
+    return Logits(num_programs(operands.x), e_dtype)

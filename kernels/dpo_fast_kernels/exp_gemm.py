@@ -3,7 +3,8 @@
 ``a = x W^T + tail``, ``z = scale * cap(a + bias)``, ``k`` [N] known beforehand (target_logit.py). Per
 tile the epilogue takes one exponential an element and writes
 
-- ``part[0, tile, row] = sum_j E`` over the non-target columns of the tile, float32;
+- ``part[0, u, row] = sum_j E`` over the non-target columns of UNIT columns, float32; UNIT is the same
+  for every tile, so that the sums agree bit for bit between variants with different tiles;
 - with STORE ``e[row, j] = E * slope`` (slope of the softcap), the target's entry 0: it is fixed
   afterwards (rows.py);
 - with STATS the planes of device.store_statistics.
@@ -83,7 +84,7 @@ def _exp_gemm_kernel(
     k_ptr,  # [N]
     zy_ptr,  # [N], read with STATS
     col_ptr,  # [N] int32
-    part_ptr,  # [1 or 5, cdiv(V, BLOCK_V), N] out
+    part_ptr,  # [1, 4 or 5, cdiv(V, UNIT), N] out
     N,
     V,
     H,
@@ -103,6 +104,7 @@ def _exp_gemm_kernel(
     GROUP_N: tl.constexpr,
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
+    UNIT: tl.constexpr,
     STORE: tl.constexpr,
     STATS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -132,7 +134,14 @@ def _exp_gemm_kernel(
         a, slope = logit_tile(acc, bias_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP)
         p = exp_tile(a, k, col, offs_v, V, scale * LOG2E)
         offsets = pid_v.to(tl.int64) * N + offs_n
-        tl.store(part_ptr + offsets, tl.sum(p, 1), mask=mask_n)
+        if BLOCK_V > UNIT:  # the same order of summation whatever the tile
+            units: tl.constexpr = BLOCK_V // UNIT
+            r = tl.sum(tl.reshape(p, (BLOCK_N, units, UNIT)), 2)
+            unit_v = pid_v * units + tl.arange(0, units)
+            r_ptrs = part_ptr + unit_v.to(tl.int64)[None, :] * N + offs_n[:, None]
+            tl.store(r_ptrs, r, mask=mask_n[:, None] & (unit_v * UNIT < V)[None, :])
+        else:
+            tl.store(part_ptr + offsets, tl.sum(p, 1), mask=mask_n)
         # The store comes first, so that the slope need not outlive it.
         if STORE:
             out = p * slope
@@ -152,11 +161,6 @@ def _exp_gemm_kernel(
             )
 
 
-def num_tiles(vocab: int, launch: Launch) -> int:
-    """Vocabulary tiles: partial sums a row."""
-    return triton.cdiv(vocab, launch.tile.block_v)
-
-
 def num_planes(operands: Operands, stats: bool) -> int:
     """Partial sums a tile: R, and the planes of the statistics."""
     return 1 if not stats else 5 if operands.softcap is not None else 4
@@ -171,12 +175,12 @@ def exp_gemm(
     stats: bool,
     start: int = 0,  # first column of operands.w within the vocabulary of rows.col
 ) -> Tensor:
-    """Partial sums ``[C, tiles, N]`` float32; fills ``e`` except the target's entries."""
+    """Partial sums ``[C, units, N]`` float32; fills ``e`` except the target's entries."""
     x, w, tile = operands.x, operands.w, launch.tile
     n, vocab = x.shape[0], w.shape[0]
-    tiles = num_tiles(vocab, launch)
-    planes = num_planes(operands, stats)
-    part = torch.empty(planes, tiles, n, dtype=torch.float32, device=x.device)
+    assert tile.block_v == tile.unit or not stats, "the statistics have one block a unit"
+    units = triton.cdiv(vocab, tile.unit)
+    part = x.new_empty(num_planes(operands, stats), units, n, dtype=torch.float32)
     if n == 0:
         return part
     capped, tailed = operands.softcap is not None, operands.tail_x is not None
@@ -192,14 +196,14 @@ def exp_gemm(
     target: Any = e
     if e is not None and tma_store:
         target = TensorDescriptor.from_tensor(e, [tile.block_n, tile.block_v])
-    grid = (min(launch.programs, triton.cdiv(n, tile.block_n) * tiles),)
+    grid = (min(launch.programs, triton.cdiv(n, tile.block_n) * triton.cdiv(vocab, tile.block_v)),)
     _exp_gemm_kernel[grid](
         *args, target, operands.bias, rows.k, rows.zy, rows.col, part,
         n, vocab, x.shape[1], 0 if operands.tail_x is None else operands.tail_x.shape[1], start,
         *x.stride(), *w.stride(), 0 if e is None else e.stride(0), operands.scale,
         operands.softcap or 0.0,
         BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, BLOCK_Q=tile.block_q,
-        GROUP_N=tile.group_n, TMA=launch.tma, TMA_STORE=tma_store, STORE=e is not None,
+        GROUP_N=tile.group_n, TMA=launch.tma, TMA_STORE=tma_store, UNIT=tile.unit, STORE=e is not None,
         STATS=stats, HAS_BIAS=operands.bias is not None, HAS_SOFTCAP=capped, HAS_TAIL=tailed,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

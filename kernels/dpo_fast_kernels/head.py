@@ -26,7 +26,6 @@ from dpo_fast_kernels.scoring import Scored, Vocabulary, join_blocks
 GROUP_BYTES = 2**28  # E of a group of rows under a frozen head
 
 WHOLE = Vocabulary()
-NO_GRADIENTS = Gradients()
 
 
 def forward(
@@ -92,9 +91,13 @@ def backward(
     held: Held,
     dlogps: Tensor,  # [N]
     wanted: Wanted,
-    into: Gradients = NO_GRADIENTS,
+    into: Gradients | None = None,
 ) -> Gradients:
-    """All gradients for ``dlogps``; those of the head are added to ``into`` where it is given."""
+    """All gradients for ``dlogps``.
+
+    Those of the head are added to ``into`` where it holds a tensor, and are float32 where it does
+    not; without ``into`` dW is rounded once to the weight's dtype.
+    """
     operands, state = problem.operands, held.scored.state
     x = operands.x
     recompute = wanted.head and held.e is None
@@ -114,13 +117,15 @@ def backward(
         low_unit = half_unit(problem.low.to(x.dtype), dlogps, state.s, operands.scale)
         low = problem.low * (v if low_unit is None else v * low_unit).unsqueeze(1)
         low = low.to(operands.w.dtype)
-    scaled = Scaled(xs, low, v, unit, low_unit)
+    dtype = operands.w.dtype if into is None else torch.float32
+    scaled = Scaled(xs, low, v, unit, low_unit, dtype)
+    into = Gradients() if into is None else into
     found, eb = Gradients(hidden=dhidden), held.eb
     if recompute:
         found, eb = recomputed(problem, held.scored, scaled, wanted, into)
     elif wanted.head:
         assert held.e is not None
-        found = found._replace(**_head_gradients(problem, held.e, scaled, wanted, into))
+        found = found._replace(**_head_gradients(held.e, scaled, wanted, into))
     if wanted.lora_a:
         assert eb is not None and problem.lora is not None
         lora_a = (eb * (v * problem.lora[2]).unsqueeze(1)).T @ x.float()
@@ -142,14 +147,15 @@ def half_unit(matrix: Tensor, dlogps: Tensor, s: Tensor, scale: float) -> Tensor
 
 
 def _head_gradients(
-    problem: Problem, e: Tensor, scaled: Scaled, wanted: Wanted, into: Gradients
+    e: Tensor, scaled: Scaled, wanted: Wanted, into: Gradients
 ) -> dict[str, Tensor]:
     """dW, db, dB from stored E."""
-    dtype, found = problem.operands.w.dtype, {}
+    found = {}
     if scaled.xs is not None:
-        found["weight"] = _product_t(e, scaled.xs, scaled.unit, dtype, into.weight)
+        found["weight"] = _product_t(e, scaled.xs, scaled.unit, scaled.dtype, into.weight)
     if scaled.low is not None:
-        found["lora_b"] = _product_t(e, scaled.low, scaled.low_unit, dtype, into.lora_b)
+        f32 = torch.float32
+        found["lora_b"] = _product_t(e, scaled.low, scaled.low_unit, f32, into.lora_b)
     if wanted.bias:
         bias = into.bias
         if bias is None:
@@ -165,7 +171,7 @@ def _product_t(
     """``E^T right / unit``, added to ``into`` in float32 or rounded once."""
     if unit is not None:
         gradient = product(e.T, right).div_(unit)
-        return gradient if into is None else into.add_(gradient)
+        return gradient.to(dtype) if into is None else into.add_(gradient)
     if into is None:
         return rounded_product(e.T, right, dtype)
     add_product(into, e.T, right)

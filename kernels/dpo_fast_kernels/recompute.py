@@ -43,7 +43,7 @@ def recomputed(
     eb = None
     if problem.low is not None and wanted.rows:
         eb = torch.zeros_like(problem.low)
-    out = _outputs(problem, wanted, into)
+    out = _outputs(problem, wanted, into, scaled.dtype)
     buffer = new_e(min(n, SLAB_ROWS), min(vocab, SLAB_COLUMNS), problem.engine.e_dtype, x, None)
     for start in range(0, vocab, SLAB_COLUMNS):
         stop = min(vocab, start + SLAB_COLUMNS)
@@ -77,12 +77,14 @@ def recomputed(
     return out, eb
 
 
-def _outputs(problem: Problem, wanted: Wanted, into: Gradients) -> Gradients:
+def _outputs(
+    problem: Problem, wanted: Wanted, into: Gradients, dtype: torch.dtype
+) -> Gradients:
     """Where the head's gradients go: what is given, else new tensors."""
     w, lora = problem.operands.w, problem.lora
     weight, bias, lora_b = into.weight, into.bias, into.lora_b
     if wanted.weight and weight is None:
-        weight = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+        weight = torch.empty(w.shape, dtype=dtype, device=w.device)
     if wanted.bias and bias is None:
         bias = torch.zeros(w.shape[0], dtype=torch.float32, device=w.device)
     if wanted.lora_b and lora_b is None and lora is not None:

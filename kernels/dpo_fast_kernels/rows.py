@@ -180,7 +180,7 @@ def new_row_state(n: int, stats: bool, device: torch.device) -> RowState:
     """Unwritten results for n rows."""
     columns = torch.empty(4, n, dtype=torch.float32, device=device).unbind(0)
     found = torch.empty(3, n, dtype=torch.float32, device=device) if stats else None
-    return RowState(*columns, found)
+    return RowState(columns[0], columns[1], columns[2], columns[3], found)
 
 
 def reduce_tiles(

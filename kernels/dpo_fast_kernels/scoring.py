@@ -21,7 +21,7 @@ from dpo_fast_kernels.target_logit import OFFSET, TargetLogits, target_logits
 
 Reduce = Callable[[Tensor, str], None]  # in place over the processes; "sum" or "max"
 
-ROW_BLOCK = 8192  # rows a launch: bounds the partial sums; costs nothing at 200 waves a launch
+ROW_BLOCK = 4096  # rows a launch: bounds the partial sums (16 MiB at V = 128k, 120 waves of tiles)
 
 
 class Vocabulary(NamedTuple):
@@ -116,6 +116,8 @@ def _score_block(
     finish = dict(e=e, vocab=vocab, e_dtype=e_dtype, scale=operands.scale, programs=launch.programs)
     finish_rows(sums, rows, state, flag, **finish)  # type: ignore[arg-type]
     index, count = compact(flag)
+    tiles = -(-vocab // launch.tile.block_v)
+    part = part.view(-1)[: part.shape[0] * tiles * n].view(-1, tiles, n)  # used again, by tile
     redo = (index, count, part)
     rows, sums = _redo_sums(operands, launch, rows, sums, flag, redo, e, stats, reduce)
     finish_rows(sums, rows, state, flag, index=index, count=count, from_k=True, **finish)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ class Tile(NamedTuple):
     group_n: int
     num_warps: int
     num_stages: int
+    unit: int = 128  # columns of a partial sum: one for all tiles, so that their sums agree in bits
 
 
 # (tile class, variant, H at least) -> Tile. Variants: "plain", "heavy" (softcap or statistics).
@@ -36,7 +37,7 @@ TABLE: dict[tuple[str, str], tuple[tuple[int, Tile], ...]] = {
     ("sm_80", "heavy"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
 }
 
-INTERPRETER = Tile(16, 32, 16, 16, 2, 4, 2)
+INTERPRETER = {"plain": Tile(16, 32, 16, 16, 2, 4, 2, 16), "heavy": Tile(16, 16, 16, 16, 2, 4, 2, 16)}
 
 # Rows of an off-range block; it shares block_v with the main tile (they share the partial sums).
 OFF_RANGE_BLOCK_N = 16
@@ -58,9 +59,10 @@ def tile_class(capability: tuple[int, int] | None, tma: bool) -> str:
 
 def choose_tile(name: str, heavy: bool, hidden_size: int) -> Tile:
     """The shipped tile of a class, variant and hidden size."""
+    variant = "heavy" if heavy else "plain"
     if name == "interpreter":
-        return INTERPRETER
-    rows = TABLE[name, "heavy" if heavy else "plain"]
+        return INTERPRETER[variant]
+    rows = TABLE[name, variant]
     return [tile for least, tile in rows if hidden_size >= least][-1]
 
 

@@ -1,0 +1,107 @@
+"""The Triton kernels as a backend of the LM head: an adapter, no arithmetic.
+
+Legend: N scored tokens, H hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_fast.backends.interface import HeadForward, HeadGrads, LinearHead, Needs, Saved
+from dpo_fast.naive import LinearLogprobs
+from dpo_fast_kernels.ops import (
+    Flat,
+    linear_logprob_bwd,
+    linear_logprob_fwd,
+    run_backward,
+    run_forward,
+)
+from dpo_fast_kernels.problem import Gradients, padded
+
+WORKSPACE = 2**30  # bytes of stored probabilities; more where a trained head's gradient is larger
+
+_PLANES = {"entropy": 0, "log_sum_sq_probs": 1, "is_top1": 2, "mean_logit": 3}
+
+
+class TritonBackend:
+    """Probabilities from the GEMM's epilogue (bfloat16), or from cuBLAS logits (other dtypes).
+
+    ``engine`` fixes the way ("triton" or "cublas"); None decides by dtype.
+    """
+
+    name = "triton"
+
+    def __init__(self, engine: str | None = None) -> None:
+        self.engine = engine
+
+    def row_bytes(self, head: LinearHead) -> int:
+        vocab, _ = head.weight.shape
+        return padded(vocab) * head.weight.element_size()
+
+    def default_workspace(self, head: LinearHead) -> int:
+        # Splitting would hold a float32 gradient of the head, which is as large as its numel * 4.
+        return WORKSPACE + 4 * head.weight.numel()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        head: LinearHead,
+        target: Tensor,
+        *,
+        needs: Needs,
+        outputs: tuple[str, ...],
+        store: bool,
+        buffer: Tensor | None = None,
+    ) -> HeadForward:
+        a, b, lora_scale = (None, None, 0.0) if head.lora is None else head.lora
+        scalars = (lora_scale, head.softcap, head.scale)
+        tensors = (hidden, head.weight, target, head.bias, a, b)
+        # Every row is scored here, so no target means "ignored".
+        options = (-(2**31), list(needs), bool(outputs), store, self.engine)
+        if buffer is None:
+            flat = Flat(*linear_logprob_fwd(*tensors, *scalars, *options))
+        else:
+            flat = run_forward(*tensors, *scalars, *options, buffer)
+        found: dict[str, Any] = {name: flat.stats[_PLANES[name]] for name in outputs}
+        if "is_top1" in found:
+            found["is_top1"] = found["is_top1"] != 0
+        result = LinearLogprobs(flat.logps, **found)
+        if not any(needs):
+            return HeadForward(result, None)
+        kept = (hidden, head.weight, head.bias, a, b, *flat[1:3], *flat[4:])
+        return HeadForward(result, Saved(kept, (needs, scalars)))
+
+    def backward(self, saved: Saved, dlogps: Tensor, into: HeadGrads | None = None) -> HeadGrads:
+        needs, scalars = saved.meta
+        hidden, weight, bias, a, b, state, col, e, g, eb = saved.tensors
+        assert hidden is not None and weight is not None and state is not None
+        assert col is not None and e is not None and g is not None and eb is not None
+        tensors = (hidden, weight, bias, a, b)
+        options = (list(needs), self.engine)
+        if into is None:
+            flat = (state[0], state, col, e, g, eb, dlogps)
+            found = linear_logprob_bwd(*tensors, *scalars, *options, *flat)
+            return HeadGrads(*(t if asked else None for t, asked in zip(found, needs, strict=True)))
+        kept = Flat(state[0], state, col, state, e, g, eb)
+        return HeadGrads(
+            *run_backward(*tensors, *scalars, *options, kept, dlogps, Gradients(*into))
+        )
+
+
+def refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run such inputs on the current device; None if they can."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < (8, 0):
+            return f"the device has compute capability {major}.{minor}, the kernels need 8.0"
+        return None
+    from triton import knobs
+
+    if device_type == "cpu" and knobs.runtime.interpret:
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+    return f"the tensors are on {device_type!r}, and the Triton kernels run on CUDA devices"

@@ -19,6 +19,7 @@
 namespace dpo_fast::avx2 {
 
 constexpr int kLanes = 8;
+using Words = __m256i;  // 16 consecutive 16-bit elements
 
 template <int64_t D>
 struct Raw {
@@ -110,7 +111,6 @@ EMA_AVX2_INLINE bool finite(__m256 value) {
 }
 
 using Bits = __m256i;
-constexpr int kDrawn = 32;  // elements that one draw serves: four counters
 
 // What every draw of a span needs: the keys of all rounds, and the step.
 struct Drawer {
@@ -129,8 +129,8 @@ EMA_AVX2_INLINE Drawer prepare_draw(const PhiloxKey& key) {
   return drawer;
 }
 
-// Random bits of the elements 8 * group ... 8 * group + 31, eight a vector, each in 32 bits.
-EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, __m256i out[4]) {
+// Random bits of the elements 8 * group ... 8 * group + 31.
+EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) {
   // Four counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);  // undone by the two unpacks below
@@ -146,11 +146,39 @@ EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, __m256i out[4]) 
   }
   const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
-  const __m256i low32 = _mm256_unpacklo_epi64(first, second), high32 = _mm256_unpackhi_epi64(first, second);
-  out[0] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(low32));
-  out[1] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(low32, 1));
-  out[2] = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(high32));
-  out[3] = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(high32, 1));
+  out[0] = _mm256_unpacklo_epi64(first, second);
+  out[1] = _mm256_unpackhi_epi64(first, second);
+}
+
+// Half of the words, eight, in 32 bits each.
+EMA_AVX2_INLINE __m256i spread(Words words, bool second) {
+  return _mm256_cvtepu16_epi32(second ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words));
+}
+
+// 16 bf16 as they lie in memory: those at even and those at odd places widen by one instruction each.
+EMA_AVX2_INLINE Words load_words(const char* data, int64_t i) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + 2 * i));
+}
+EMA_AVX2_INLINE void store_words(char* data, int64_t i, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data + 2 * i), words);
+}
+EMA_AVX2_INLINE __m256 widen_even(Words words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+EMA_AVX2_INLINE __m256 widen_odd(Words words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xFFFF0000)));
+}
+
+// narrow_bf16 of both halves, put back in their places; random holds the bits in the order of the elements.
+template <bool kStochastic>
+EMA_AVX2_INLINE Words narrow_words(__m256 even, __m256 odd, Words random) {
+  const __m256i e = _mm256_castps_si256(even), o = _mm256_castps_si256(odd);
+  __m256i add_e = _mm256_and_si256(random, _mm256_set1_epi32(0xFFFF)), add_o = _mm256_srli_epi32(random, 16);
+  if constexpr (!kStochastic) {
+    const __m256i one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7FFF);
+    add_e = _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(e, 16), one));
+    add_o = _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(o, 16), one));
+  }
+  const __m256i low = _mm256_srli_epi32(_mm256_add_epi32(e, add_e), 16);
+  return _mm256_blend_epi16(low, _mm256_add_epi32(o, add_o), 0xAA);
 }
 
 }  // namespace dpo_fast::avx2

@@ -19,6 +19,7 @@
 namespace dpo_fast::avx512 {
 
 constexpr int kLanes = 16;
+using Words = __m512i;  // 32 consecutive 16-bit elements
 
 template <int64_t D>
 struct Raw {
@@ -105,7 +106,6 @@ EMA_AVX512_INLINE bool finite(__m512 value) {
 }
 
 using Bits = __m512i;
-constexpr int kDrawn = 64;  // elements that one draw serves: eight counters
 
 // What every draw of a span needs: the keys of all rounds, and the step.
 struct Drawer {
@@ -124,8 +124,8 @@ EMA_AVX512_INLINE Drawer prepare_draw(const PhiloxKey& key) {
   return drawer;
 }
 
-// Random bits of the elements 8 * group ... 8 * group + 63, sixteen a vector, each in 32 bits.
-EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, __m512i out[4]) {
+// Random bits of the elements 8 * group ... 8 * group + 63.
+EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) {
   // Eight counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // undone by the two unpacks below
@@ -142,11 +142,35 @@ EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, __m512i out[4]
   const __mmask16 high = 0xAAAA;
   const __m512i first = _mm512_mask_mov_epi32(c0, high, _mm512_slli_epi64(c1, 32));
   const __m512i second = _mm512_mask_mov_epi32(c2, high, _mm512_slli_epi64(c3, 32));
-  const __m512i low32 = _mm512_unpacklo_epi64(first, second), high32 = _mm512_unpackhi_epi64(first, second);
-  out[0] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(low32));
-  out[1] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low32, 1));
-  out[2] = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(high32));
-  out[3] = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high32, 1));
+  out[0] = _mm512_unpacklo_epi64(first, second);
+  out[1] = _mm512_unpackhi_epi64(first, second);
+}
+
+// Half of the words, sixteen, in 32 bits each.
+EMA_AVX512_INLINE __m512i spread(Words words, bool second) {
+  return _mm512_cvtepu16_epi32(second ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words));
+}
+
+// 32 bf16 as they lie in memory: those at even and those at odd places widen by one instruction each.
+EMA_AVX512_INLINE Words load_words(const char* data, int64_t i) { return _mm512_loadu_si512(data + 2 * i); }
+EMA_AVX512_INLINE void store_words(char* data, int64_t i, Words words) { _mm512_storeu_si512(data + 2 * i, words); }
+EMA_AVX512_INLINE __m512 widen_even(Words words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+EMA_AVX512_INLINE __m512 widen_odd(Words words) {
+  return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xFFFF0000)));
+}
+
+// narrow_bf16 of both halves, put back in their places; random holds the bits in the order of the elements.
+template <bool kStochastic>
+EMA_AVX512_INLINE Words narrow_words(__m512 even, __m512 odd, Words random) {
+  const __m512i e = _mm512_castps_si512(even), o = _mm512_castps_si512(odd);
+  __m512i add_e = _mm512_and_si512(random, _mm512_set1_epi32(0xFFFF)), add_o = _mm512_srli_epi32(random, 16);
+  if constexpr (!kStochastic) {
+    const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7FFF);
+    add_e = _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(e, 16), one));
+    add_o = _mm512_add_epi32(half, _mm512_and_si512(_mm512_srli_epi32(o, 16), one));
+  }
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(e, add_e), 16);
+  return _mm512_mask_mov_epi16(low, 0xAAAAAAAA, _mm512_add_epi32(o, add_o));
 }
 
 }  // namespace dpo_fast::avx512

@@ -108,7 +108,7 @@ def naive_segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Sums of ``values[cu_seqlens[s] : cu_seqlens[s + 1]]``, ``[S]``; an empty sequence gives 0."""
     borders = cu_seqlens.tolist()
     sums = [values[a:b].sum() for a, b in pairwise(borders)]
-    return torch.stack(sums) if sums else values.new_zeros(0)
+    return torch.stack(sums) if sums else values[:0]
 
 
 def naive_sequence_logprobs(

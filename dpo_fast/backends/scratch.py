@@ -39,6 +39,11 @@ class BufferPool:
         with self._lock:
             self._free.clear()
 
+    def kept_bytes(self) -> int:
+        """Bytes held for later calls."""
+        with self._lock:
+            return sum(buffer.numel() for buffer in self._free)
+
     def _take(self, num_bytes: int) -> Tensor:
         with self._lock:
             fits = [b for b in self._free if b.numel() >= num_bytes]

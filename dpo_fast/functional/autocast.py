@@ -1,4 +1,10 @@
-"""Autocast for ops that autocast does not know: cast hidden states and head, on the tape."""
+"""Autocast for ops that autocast does not know.
+
+Hidden states and head are cast once, on the tape; inside the op autocast is off, or it would round
+the float32 products of the op's own GEMMs.
+"""
+
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -25,3 +31,8 @@ def autocast_head(
     if lora is not None:
         lora = HeadLoRA(cast(lora.a), cast(lora.b), lora.scale)
     return cast(hidden), cast(weight), None if bias is None else cast(bias), lora
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[None]:
+    """Autocast switched off for the device of ``tensor``."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -112,11 +112,19 @@ def fused_linear_dpo(
     Source: DPO, arXiv 2305.18290 eq. 7; any loss with a derivative with respect to log-probs works.
     """
     names = validate.check_outputs(outputs)
-    validate.check_scalars(softcap, logit_scale, temperature, mode, group)
+    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace, group)
+    if not callable(loss):
+        raise ValueError(
+            f"loss={loss!r} must be callable; build_loss({loss!r}) makes one of a name"
+        )
     scale = logit_scale / temperature
     hidden, head = _checked_head(policy_hidden, LinearHead(weight, bias, softcap, scale, lora))
     validate.check_tokens(hidden, head.weight, target, ignore_index, cu_seqlens, token_weight)
     pairs = validate.check_pairs(cu_seqlens, seq_lens, pair_weight, ref_logps, hidden)
+    if ref_hidden is None and ref_weight is not None:
+        raise ValueError(
+            "ref_weight without ref_hidden: pass the reference's hidden states as well"
+        )
     ref_head = LinearHead(weight, bias if ref_bias is None else ref_bias, softcap, scale, ref_lora)
     if ref_weight is not None:
         ref_head = ref_head._replace(weight=ref_weight, bias=ref_bias)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_fast.backends import HeadBackend, HeadGrads, LinearHead, Needs
 from dpo_fast.backends.scratch import scratch
+from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
 from dpo_fast.functional.linear import may_store
 from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
@@ -101,7 +102,8 @@ class FusedLinearDPO(torch.autograd.Function):
         lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
         head = LinearHead(weight, bias, softcap, scale, lora)
         needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
-        outputs, grads = run_groups(job, hidden, head, needs)
+        with no_autocast(hidden):
+            outputs, grads = run_groups(job, hidden, head, needs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [
@@ -158,7 +160,9 @@ def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[lis
     """The groups, and whether their probabilities are stored."""
     borders = job.rows.cu_seqlens
     everything = one_group(borders.numel() // 2, rows)
-    if not needs.head or may_store(job.backend, head, rows, None, job.workspace):
+    if not needs.head:
+        return everything, False
+    if may_store(job.backend, head, rows, None, job.workspace):
         return everything, job.mode != "min-memory"
     if job.mode == "min-memory" or not getattr(job.loss, "separable", False):
         return everything, job.mode == "store"

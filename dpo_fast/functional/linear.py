@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_fast.backends import HeadBackend, LinearHead, Needs, Saved, choose
 from dpo_fast.functional import validate
-from dpo_fast.functional.autocast import autocast_head
+from dpo_fast.functional.autocast import autocast_head, no_autocast
 from dpo_fast.naive import OUTPUTS, HeadLoRA, LinearLogprobs
 
 Mode = Literal["store", "min-memory"]
@@ -72,7 +72,7 @@ def linear_logprobs(
     Source: the non-target sum keeps ``1 - p`` exact; see ``chunked/epilogue_torch.py``.
     """
     names = validate.check_outputs(outputs)
-    validate.check_scalars(softcap, logit_scale, temperature, mode, group)
+    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace, group)
     hidden, weight, bias, lora = autocast_head(hidden, weight, bias, lora)
     validate.check_head(hidden, weight, bias, lora)
     validate.check_target(target, hidden.shape[0], weight.shape[0], ignore_index, hidden)
@@ -167,9 +167,10 @@ class _LinearLogprobs(torch.autograd.Function):
         # needs_input_grad does not know of no_grad, and here grad mode is off in any case.
         needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
         head = LinearHead(weight, bias, softcap, scale, lora)
-        result, saved = backend.forward(
-            hidden, head, target, needs=needs, outputs=outputs, store=store
-        )
+        with no_autocast(hidden):
+            result, saved = backend.forward(
+                hidden, head, target, needs=needs, outputs=outputs, store=store
+            )
         ctx.set_materialize_grads(False)
         if saved is not None:
             ctx.save_for_backward(*saved.tensors)
@@ -184,7 +185,8 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, dlogps: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogps is None:
             return (None,) * 9
-        grads = ctx.backend.backward(Saved(ctx.saved_tensors, ctx.meta), dlogps)
+        with no_autocast(dlogps):
+            grads = ctx.backend.backward(Saved(ctx.saved_tensors, ctx.meta), dlogps)
         dtypes = [*ctx.dtypes, ctx.dtypes[-1]]
         narrow = [None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
         return (*narrow, None, None, None, None)

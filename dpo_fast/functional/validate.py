@@ -101,17 +101,24 @@ def _check_lora(lora: HeadLoRA, weight: Tensor, hidden: Tensor, hidden_name: str
 
 
 def check_scalars(
-    softcap: float | None, logit_scale: float, temperature: float, mode: str | None, group: object
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    mode: str | None,
+    workspace: int | None,
+    group: object,
 ) -> None:
     """Ranges of the numbers between the GEMM and the softmax, and the options' names."""
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap} must be positive; pass None for no softcap")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive; 1.0 leaves logits alone")
-    if logit_scale == 0 or logit_scale != logit_scale:
-        raise ValueError(f"logit_scale={logit_scale} must be a number other than 0")
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale={logit_scale} must be positive; 1.0 leaves logits alone")
     if mode not in MODES:
         raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
+    if workspace is not None and workspace < 0:
+        raise ValueError(f"workspace={workspace} must be a number of bytes, or None")
     if group is not None:
         raise ValueError(
             f"group={group!r}: a vocabulary split over processes is not supported by the backends "

@@ -1,0 +1,65 @@
+"""The choice of a backend: by name obeyed or refused, otherwise made and logged once."""
+
+import logging
+
+import pytest
+import torch
+
+from dpo_fast import backends
+from dpo_fast.functional import linear_logprobs
+from tests.functional.cases import make_case
+
+
+def test_auto_logs_choice_and_reason_once(caplog):
+    backends.choose.cache_clear()
+    case = make_case(3)
+    with caplog.at_level(logging.INFO, logger="dpo_fast"):
+        for _ in range(3):
+            linear_logprobs(case.hidden, case.weight, case.target)
+    (record,) = [r for r in caplog.records if "LM head" in r.getMessage()]
+    message = record.getMessage()
+    assert "cpu" in message and "float32" in message
+    assert "'chunked'" in message and "not triton" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_triton_by_name_raises_with_the_reason():
+    case = make_case(3)
+    with pytest.raises(ValueError, match=r"backend='triton' cannot run.*'cpu'.*backend='auto'"):
+        linear_logprobs(case.hidden, case.weight, case.target, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["naive", "chunked"])
+def test_names_are_obeyed(name):
+    assert backends.choose(name, "cpu", torch.float32).name == name
+
+
+def test_every_backend_has_the_interface():
+    members = {n for n in vars(backends.HeadBackend) if not n.startswith("_")} | {"name"}
+    for name in ("naive", "chunked"):
+        backend = backends.choose(name, "cpu", torch.float32)
+        assert all(hasattr(backend, member) for member in members)
+
+
+def test_without_the_compiled_module_torch_operations_do(monkeypatch, caplog):
+    from dpo_fast.chunked import epilogue
+
+    case = make_case(9, bias=True, softcap=3.0)
+    with_module = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
+    monkeypatch.setattr(epilogue, "compiled", lambda: None)
+    without = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
+    torch.testing.assert_close(with_module, without)
+
+
+def test_a_missing_module_is_said_once(monkeypatch, caplog):
+    import sys
+
+    from dpo_fast.chunked import epilogue
+
+    epilogue.compiled.cache_clear()
+    monkeypatch.setitem(sys.modules, "dpo_fast._C", None)
+    monkeypatch.delattr("dpo_fast._C", raising=False)
+    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+        assert epilogue.compiled() is None and epilogue.compiled() is None
+    assert len(caplog.records) == 1 and "doctor" in caplog.text
+    epilogue.compiled.cache_clear()

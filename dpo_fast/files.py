@@ -1,5 +1,6 @@
 """Files that survive a kill: written aside, synced, renamed; and hashed in a manifest."""
 
+import errno
 import hashlib
 import os
 import socket
@@ -14,19 +15,22 @@ _STALE_SECONDS = 24 * 3600
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable (a no-op on Windows, which cannot sync folders)."""
+    """Make renames in ``folder`` durable, where the system can sync folders (Windows cannot)."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems
+            raise
     finally:
         os.close(descriptor)
 
 
 def sync_file(path: Path) -> None:
     """Make the bytes of ``path`` durable."""
-    with open(path, "rb+") as file:
+    with open(path, "rb+" if os.name == "nt" else "rb") as file:
         os.fsync(file.fileno())
 
 

@@ -69,14 +69,19 @@ def owned_parameters(policy: Any) -> dict[str, str | None]:
                 container = _attribute(module, kind)
                 if isinstance(container, nn.Module):
                     prefix = f"{path}.{kind}" if path else kind
-                    for leaf, _ in container.named_parameters():
+                    for leaf, _ in _tensors_of(container):
                         name = leaf.split(".")[0]
                         owned[f"{prefix}.{leaf}"] = name if name in adapters else None
     encoders = getattr(policy, "prompt_encoder", None)
     if encoders is not None:
-        for leaf, _ in encoders.named_parameters(prefix="prompt_encoder"):
-            owned[leaf] = leaf.split(".")[1]
+        for leaf, _ in _tensors_of(encoders):
+            owned[f"prompt_encoder.{leaf}"] = leaf.split(".")[0]
     return owned
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _attribute(module: Any, dotted: str) -> Any:
@@ -171,25 +176,24 @@ def adapter_fingerprint(
     owned = owned_parameters(policy)
     active = set() if adapters_off else set(active_adapters(policy))
     lm = base_causal_lm(policy)
-    lm_names = {id(p): n for n, p in lm.named_parameters()}
+    lm_names = {id(tensor): name for name, tensor in _tensors_of(lm)}
     exclude: set[str] = set()
     rename: dict[str, str] = {}
     replace: dict[str, Tensor] = {}
     outside: dict[str, Tensor] = {}
-    for name, param in policy.named_parameters():
-        lm_name = lm_names.get(id(param))
-        if (
-            name in owned
-            and owned[name] not in active
-            and (adapters_off or owned[name] is not None)
-        ):
-            exclude.add(lm_name or name)
+    for name, tensor in _tensors_of(policy):
+        lm_name = lm_names.get(id(tensor))
+        owner = owned.get(name)
+        idle = name in owned and owner not in active and (adapters_off or owner is not None)
+        if idle and lm_name is not None:
+            exclude.add(lm_name)
         elif lm_name is None:
-            outside[name] = copies.get(name, param)
+            if not adapters_off and not idle:  # prompt encoders, vectors shared by layers
+                outside[name] = copies.get(name, tensor)
         else:
-            replace[lm_name] = copies.get(name, param)
+            replace[lm_name] = copies.get(name, tensor)
             if name in owned:
-                rename[lm_name] = ".".join(p for p in lm_name.split(".") if p != owned[name])
+                rename[lm_name] = ".".join(part for part in lm_name.split(".") if part != owner)
     return model_fingerprint(
         lm,
         exclude=exclude,

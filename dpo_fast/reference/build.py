@@ -89,6 +89,8 @@ def build_reference(
         )
     else:
         reference = _standing(plan, policy, ref_model, scoring, device, fresh=plan.fresh)
+    if str(getattr(args, "save_strategy", "no")).rpartition(".")[2].lower() != "no":
+        reference.fingerprint()  # for checkpoints; sharded weights could not be identified any more
     _say(log, f"{plan.line()} {reference.describe()}.")
     if log and plan.name in ("frozen", "adapter") and hasattr(train_dataset, "__len__"):
         _say(log, _suggestion(reference, args, policy, train_dataset, scoring, device))

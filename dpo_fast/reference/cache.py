@@ -19,6 +19,7 @@ answer, the head being as long as the shorter answer: ``head + ld_alpha * tail``
 import hashlib
 import json
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ FORMAT = 1
 DIGEST_BYTES = 16
 NUM_VALUES = 4
 MANIFEST = "manifest.json"
+_RECENT_SECONDS = 180.0
 _PART = re.compile(r"^part-([0-9a-f]{64})\.safetensors$")
 
 
@@ -75,6 +77,17 @@ class LogpsCache:
             if name not in self._seen:
                 self._read(self.folder / name)
                 self._seen.add(name)
+
+    def has(self, digests: np.ndarray) -> np.ndarray:
+        """Mask ``[n]`` of the rows that have been read or written here."""
+        return np.array([digest.tobytes() in self._rows for digest in digests], dtype=bool)
+
+    def is_being_filled(self) -> bool:
+        """Whether another job has written here in the last minutes."""
+        if not self.folder.is_dir():
+            return False
+        newest = max((p.stat().st_mtime for p in self.folder.glob("part-*")), default=0.0)
+        return time.time() - newest < _RECENT_SECONDS
 
     def lookup(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Values ``[n, 4]`` float64 (NaN where missing) and a mask ``[n]`` of the rows found."""
@@ -149,7 +162,7 @@ class LogpsCache:
 
     def _take(self, digests: np.ndarray, values: np.ndarray) -> None:
         for digest, row in zip(digests, values, strict=True):
-            # the first part in the order of names counts, whoever reads
+            # a row that two jobs have computed counts as it was read first
             self._rows.setdefault(digest.tobytes(), row)
 
     def _refusal(self, path: Path, what: str) -> CacheError:

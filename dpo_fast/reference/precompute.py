@@ -4,6 +4,8 @@ P pairs, S = 2P sequences, N scored tokens.
 """
 
 import logging
+import os
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,16 +91,23 @@ def compute_missing(
         KeyboardInterrupt: with the way to go on in the message.
     """
     batches = plan_batches(keys, how.batch_size)[how.rank :: how.world_size]
-    _, found = cache.lookup(keys.digests)
+    found = cache.has(keys.digests)
     todo = [rows for batch in batches if len(rows := batch[~found[batch]])]
     total = sum(len(rows) for rows in todo)
     if not total:
         return 0
+    if cache.is_being_filled():
+        # jobs of one sweep, started together: each in an order of its own, seeing what others did
+        random.Random(os.getpid()).shuffle(todo)
     plain = dataset.with_format(None)
     part = _Part(cache, keys, how)
     try:
         with preserve_rng(), Progress(total, name, show=how.rank == 0) as progress:
-            for rows in todo:
+            for planned in todo:
+                rows = planned[~cache.has(keys.digests[planned])]
+                if not len(rows):
+                    progress.advance(len(planned), 0)
+                    continue
                 batch = how.collator([plain[int(i)] for i in rows])
                 values = pair_sums(reference, _to_device(batch, how.device))
                 part.add(rows, values)
@@ -110,7 +119,7 @@ def compute_missing(
             f"precompute of {name!r} interrupted: {part.written} of {total} rows are in "
             f"{cache.folder}. Run the same command again: it goes on from there."
         ) from None
-    return total
+    return part.written
 
 
 def pair_sums(reference: ScoredReference, batch: Mapping[str, Any]) -> Tensor:
@@ -163,6 +172,7 @@ class _Part:
         self.cache.write(self.keys.digests[rows], values)
         self.written += len(rows)
         self._clear()
+        self.cache.refresh()  # what other jobs have done in the meantime
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -173,16 +173,26 @@ def test_autocast_around_both_passes_keeps_no_weight_of_the_other(fresh: bool) -
     perturb(policy, scale=0.3)
     batch = planned_batch()
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+
+    def gradients(with_reference: bool) -> Any:
+        policy.zero_grad()
+        passes = []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            if with_reference:
+                passes.append(reference.logps(batch))
+            logits = policy(**inputs, use_cache=False).logits
+            if with_reference:
+                passes.append(reference.logps(batch))
+        logits.float().square().mean().backward()
+        return passes, {n: None if p.grad is None else p.grad.clone() for n, p in trained.items()}
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
         alone = reference.logps(batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        first = reference.logps(batch)
-        logits = policy(**inputs, use_cache=False).logits
-        again = reference.logps(batch)
-    assert torch.equal(alone, first) and torch.equal(alone, again)
-    logits.float().sum().backward()
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained)
+    passes, between = gradients(with_reference=True)
+    assert all(torch.equal(alone, each) for each in passes)
+    _, plain = gradients(with_reference=False)
+    assert all(g is not None and torch.equal(g, between[n]) for n, g in plain.items())
 
 
 def test_gradient_checkpointing_and_dropout_are_off_in_the_pass(monkeypatch: Any) -> None:
@@ -207,6 +217,26 @@ def test_flags_of_the_user_survive() -> None:
     policy.get_parameter(frozen).requires_grad_(False)
     AdapterReference(policy, fresh=True).logps(planned_batch())
     assert not policy.get_parameter(frozen).requires_grad
+
+
+def test_layers_that_switch_off_in_their_own_way_are_asked_to() -> None:
+    """... and the flags that PEFT rewrites on the way are restored."""
+    _, policy = wrapped("lora")
+    perturb(policy)
+    layer = policy.base_model.model.model.layers[0].self_attn.q_proj
+    asked = []
+
+    class Odd(type(layer)):  # type: ignore[misc]
+        def enable_adapters(self, enabled: bool) -> None:
+            asked.append(enabled)
+            super().enable_adapters(enabled)
+
+    layer.__class__ = Odd
+    layer.lora_A["default"].weight.requires_grad_(False)
+    before = state_of(policy)
+    AdapterReference(policy, fresh=True).logps(planned_batch())
+    assert asked == [False, True]
+    assert_same_state(before, state_of(policy))
 
 
 def test_an_error_in_the_pass_leaves_the_policy_as_it_was() -> None:

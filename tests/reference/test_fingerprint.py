@@ -130,6 +130,14 @@ def test_strategies_that_answer_alike_share_it() -> None:
         lora(modules_to_save=["lm_head"]),
         lora(trainable_token_indices=[3, 4]),
         lora(bias="all"),
+        lora(use_dora=True),
+        peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        peft.VBLoRAConfig(
+            r=4, num_vectors=8, vector_length=16, target_modules=["q_proj"], task_type="CAUSAL_LM"
+        ),
+        peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+        peft.LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     ):
         policy = peft.get_peft_model(copy.deepcopy(plain), config)
         reference = AdapterReference(policy, fresh=True)

@@ -325,6 +325,28 @@ def test_ranks_share_the_work(tmp_path: Path, forwards: list[int], monkeypatch: 
     assert (columns(alone.attach(dataset())) == whole).all() and alone.computed == ROWS
 
 
+def test_jobs_of_a_sweep_that_start_together_share_the_work(
+    tmp_path: Path, monkeypatch: Any, forwards: list[int]
+) -> None:
+    """Another job stores rows while this one runs; they are not computed again."""
+    whole = columns(of_policy(tmp_path / "whole").attach(dataset()))
+    mine = of_policy(tmp_path / "shared", part_rows=4)
+    other = of_policy(tmp_path / "shared", part_rows=4).attach
+    original = ScoredReference.token_logps
+    started = []
+
+    def with_another_job(self: Any, batch: Any) -> torch.Tensor:
+        if not started:
+            started.append(True)
+            other(dataset().select(range(12)))
+        return original(self, batch)
+
+    monkeypatch.setattr(ScoredReference, "token_logps", with_another_job)
+    data = mine.attach(dataset())
+    assert 0 < mine.computed < ROWS and mine.cache().is_being_filled()
+    torch.testing.assert_close(columns(data), whole, rtol=1e-6, atol=1e-6)
+
+
 # -- new data after training began
 # -------------------------------------------------------------------
 

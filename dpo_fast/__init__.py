@@ -1,6 +1,7 @@
 """dpo_fast: Direct Preference Optimization without logits, with four reference strategies.
 
-``import dpo_fast`` touches no GPU, compiles nothing and patches nothing; every public name is loaded at first use.
+``import dpo_fast`` touches no GPU, compiles nothing and patches nothing; public names are loaded at
+first use.
 """
 
 from importlib import import_module

@@ -16,6 +16,7 @@ from dpo_fast.config import DPOConfig, refuse_removed
 from dpo_fast.data.collate import DataCollatorForPreference
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
+from dpo_fast.reference.checks import vocabulary_sizes
 from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
 from dpo_fast.trainer.datasets import DatasetsMixin
@@ -122,7 +123,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
             eval_dataset=eval_dataset,
             needs_reference=self.loss.needs_reference,
         )
-        self.configure_data(args, parts.tokenizer)
+        self.configure_data(args, parts.tokenizer, vocabulary_sizes(parts.policy)[0])
         super().__init__(
             model=parts.policy,
             args=args,

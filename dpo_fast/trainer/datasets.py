@@ -10,6 +10,7 @@ from torch import nn
 from dpo_fast.config import DPOConfig
 from dpo_fast.data.prepare import prepare_dataset
 from dpo_fast.data.report import PrepareReport
+from dpo_fast.data.token_range import check_token_range
 from dpo_fast.reference import PrecomputedReference, ReferencePlan, build_reference
 from dpo_fast.trainer.checkpointing import ReferenceCallback
 
@@ -54,11 +55,11 @@ class DatasetsMixin:
                 logger.warning("dispatch_batches=True is set to False: train_dataset is a stream.")
             accelerator_config.dispatch_batches = False
 
-    def configure_data(self, args: DPOConfig, tokenizer: Any) -> None:
+    def configure_data(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
         """Remember what preparation needs; ``self.args`` does not exist before the base class is
         built.
         """
-        self._data_args, self._tokenizer = args, tokenizer
+        self._data_args, self._tokenizer, self._vocab_size = args, tokenizer, vocab_size
         self.prepare_reports: dict[str, PrepareReport] = {}
 
     def prepare(self, dataset: Any, name: str) -> Any:
@@ -75,6 +76,8 @@ class DatasetsMixin:
             name=name,
         )
         self.prepare_reports[name] = report
+        if hasattr(prepared, "__len__"):  # a stream is checked batch by batch, by the LM head
+            check_token_range(prepared, self._vocab_size, name)
         return prepared
 
     def prepare_eval(self, dataset: Any) -> Any:

@@ -127,6 +127,15 @@ def test_datasets() -> None:
         make(train_dataset=stream, config={"reference": "precomputed"})
 
 
+def test_token_ids_beyond_the_model() -> None:
+    ids = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [319]}
+    make(train_dataset=Dataset.from_list([ids]))
+    with pytest.raises(
+        ValueError, match=r"rejected_ids hold token id 320.*resize_token_embeddings"
+    ):
+        make(train_dataset=Dataset.from_list([ids, {**ids, "rejected_ids": [4, 320]}]))
+
+
 def test_tokenizer_is_needed() -> None:
     with pytest.raises(ValueError, match="processing_class"):
         make(processing_class=None)

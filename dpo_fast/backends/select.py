@@ -1,6 +1,7 @@
 """The choice of a backend: made here, once per kind of input, with its reason in the log."""
 
 import logging
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -37,6 +38,9 @@ def triton_refusal(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run such inputs here; None if they can."""
     if find_spec("triton") is None:
         return "triton is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        # said here, so that a CPU run does not load triton to learn it
+        return f"the tensors are on {device_type!r}, and the Triton kernels run on CUDA devices"
     from dpo_fast.backends.triton_backend import refusal
 
     return refusal(device_type, dtype)

@@ -125,6 +125,11 @@ LANES_FN bool is_argmax(const Row& row, int64_t vocab, int64_t y) {
 
 LANES_INLINE float one(Lanes a) { return reduce_max(a); }  // of lanes that are all equal; NaN stays NaN
 
+template <bool kCap>
+LANES_FN float target_entry(float rest, const Columns& target) {
+  return kCap ? -rest * one(target.slope) : -rest;
+}
+
 template <bool kCap, bool kWrite, bool kStats>
 LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
   Row row{chunk.logits + r * chunk.stride, chunk.bias, set1(chunk.scale), set1(0.0f), set1(chunk.softcap),
@@ -147,7 +152,7 @@ LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
   const float below = one(target.below);
   const double e = one(exp_of(target.below)), rest = sums.rest, total = rest + e;
   const bool is_max = below == 0.0f;
-  if constexpr (kWrite) row.logits[y] = kCap ? static_cast<float>(-rest * one(target.slope)) : static_cast<float>(-rest);
+  if constexpr (kWrite) row.logits[y] = target_entry<kCap>(static_cast<float>(rest), target);
 
   float* column = out + r;
   const int64_t step = chunk.rows;
@@ -175,7 +180,7 @@ LANES_FN void exponential_row(const EpilogueChunk& chunk, const float* shift, co
   Sums unused;
   segment_exp<kCap, true, false>(row, 0, y, unused);
   segment_exp<kCap, true, false>(row, y + 1, chunk.vocab, unused);
-  row.logits[y] = kCap ? -rest[r] * one(target.slope) : -rest[r];
+  row.logits[y] = target_entry<kCap>(rest[r], target);
 }
 
 using EpilogueFn = void (*)(const EpilogueChunk&, int64_t, float*);

@@ -288,9 +288,17 @@ def load_reference_state(folder: StrPath, reference: "Reference | None") -> None
     if reference is None:
         return
     own = reference.fingerprint()
-    if about["fingerprint"] != own:
+    stored = about["fingerprint"]
+    if stored != own and stored.partition("-")[0] == own.partition("-")[0]:
         raise CheckpointError(
-            f"{root}: trained against the reference {about['fingerprint']} ({about['name']}), "
+            f"{root}: the reference has the weights that the run was started with, but other "
+            f"settings ({stored} against {own}): its config or adapter config was changed, or "
+            "another version of transformers or PEFT added a setting. Resume with the settings "
+            "and versions of the start."
+        )
+    if stored != own:
+        raise CheckpointError(
+            f"{root}: trained against the reference {stored} ({about['name']}), "
             f"this run's is {own} ({name}): give the model (and ref_model) that the run was "
             "started with, or start a new run."
         )

@@ -303,6 +303,13 @@ def test_a_fixed_reference_is_known_by_its_fingerprint(tmp_path: Path) -> None:
         load_reference_state(tmp_path, other)
 
 
+def test_equal_weights_with_other_settings_are_told_apart(tmp_path: Path) -> None:
+    save_reference_state(tmp_path, FrozenReference.copy_of(tiny_model()))
+    other = FrozenReference.copy_of(tiny_model(rms_norm_eps=1e-3))
+    with pytest.raises(CheckpointError, match=r"has the weights .* but other settings.*versions"):
+        load_reference_state(tmp_path, other)
+
+
 def test_strategies_that_do_not_fit_the_checkpoint_raise(tmp_path: Path) -> None:
     for name in "frozen", "moving", "none", "foreign":
         (tmp_path / name).mkdir()

@@ -30,6 +30,24 @@ class TensorExchange:
             path, _, leaf = name.rpartition(".")
             self._owners[name] = (module.get_submodule(path), leaf)
             self.copies[name] = self.live(name).detach().clone()
+        self._refuse_shared_storage(module)
+
+    def _refuse_shared_storage(self, module: nn.Module) -> None:
+        """Another parameter on the same memory would go on answering for the policy."""
+        exchanged = {id(self.live(name)) for name in self.copies}
+        others = {
+            p.untyped_storage().data_ptr(): name
+            for name, p in module.named_parameters()
+            if id(p) not in exchanged and p.numel() and not p.is_meta
+        }
+        for name in self.copies:
+            other = others.get(self.live(name).untyped_storage().data_ptr())
+            if other is not None:
+                raise ValueError(
+                    f"{name!r} is trained and {other!r} is another parameter on the same memory, "
+                    "so the reference cannot be kept inside of the policy: tie them as one "
+                    "nn.Parameter, or use reference='frozen'."
+                )
 
     def __len__(self) -> int:
         return len(self.copies)

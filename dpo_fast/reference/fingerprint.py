@@ -169,7 +169,7 @@ def model_fingerprint(
     extra: Mapping[str, Tensor] | None = None,
     settings: Any = (),
 ) -> str:
-    """Digest of a causal LM: its weights under their plain names, its config, and ``settings``.
+    """Digest of a causal LM: ``<weights, 40 hex digits>-<class, config and settings, 16>``.
 
     A model below an adapter that is excluded has the fingerprint of the same model without one.
 
@@ -189,4 +189,5 @@ def model_fingerprint(
             plain = ".".join(part for part in shown.split(".") if part not in _WRAPPERS)
             tensors[plain] = replace.get(name, tensor)
     config = relevant_settings(model.config.to_dict())  # type: ignore[operator, union-attr]
-    return digest_of(type(model).__name__, config, settings, fingerprint_tensors(tensors))
+    about = digest_of(type(model).__name__, config, settings)
+    return f"{fingerprint_tensors(tensors)[:40]}-{about[:16]}"

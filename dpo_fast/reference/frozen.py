@@ -87,7 +87,15 @@ def frozen_copy(
             memo[id(param)] = nn.Parameter(values, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to(device=device, copy=True)
-    duplicate: Any = copy.deepcopy(model, memo)
+    try:
+        duplicate: Any = copy.deepcopy(model, memo)
+    except (
+        RuntimeError
+    ) as error:  # a module holds a tensor with a history, such as tied LoRA factors
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied ({error}). Use reference='adapter' with "
+            "PEFT, or give ref_model."
+        ) from error
     lm: Any = base_causal_lm(duplicate)
     if dtype is not None and hasattr(lm, "config"):
         lm.config.dtype = dtype

@@ -40,7 +40,7 @@ def truncation_of(collator: Callable[..., Any]) -> dict[str, Any]:
 def row_keys(dataset: "Dataset", collator: Callable[..., Any]) -> RowKeys:
     """Digest and length of every row.
 
-    With our own collator from the columns (60,000 pairs a second); a collator of somebody else is
+    With our own collator from the columns (50,000 pairs a second); a collator of somebody else is
     asked for every row by itself, and what it returns is hashed.
 
     Raises:

@@ -281,6 +281,18 @@ def test_refusals() -> None:
         AdapterReference(policy, fresh=True)
 
 
+def test_trained_weights_that_share_memory_with_others_are_refused() -> None:
+    """Their twin would go on answering for the policy inside of the reference's pass."""
+    _, policy = wrapped("lora")
+    layers = policy.base_model.model.model.layers
+    first = layers[0].self_attn.q_proj.lora_A["default"]
+    second = layers[1].self_attn.q_proj.lora_A["default"]
+    second.weight = torch.nn.Parameter(first.weight.data.view(-1).view_as(first.weight))
+    second.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"same memory.*reference='frozen'"):
+        AdapterReference(policy, fresh=False)
+
+
 def test_adaption_prompts_are_refused_by_name() -> None:
     config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
     policy = peft.get_peft_model(tiny_model(), config)

@@ -99,6 +99,13 @@ def test_tied_weights_stay_tied_in_the_copy() -> None:
         assert duplicate.lm_head.weight is not policy.lm_head.weight
 
 
+def test_a_model_that_cannot_be_copied_says_so() -> None:
+    policy = tiny_model()
+    policy.cached = policy.lm_head.weight * 2  # a tensor with a history
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be copied.*give ref_model"):
+        FrozenReference.copy_of(policy)
+
+
 def test_a_peft_policy_can_be_copied() -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
     policy = peft.get_peft_model(tiny_model(), config)

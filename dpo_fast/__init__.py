@@ -14,14 +14,22 @@ _LAZY = {
     "Trainer": "dpo_fast.trainer",
     "DPOConfig": "dpo_fast.config",
     "DataCollatorForPreference": "dpo_fast.data.collate",
+    "FusedLinearDPOLoss": "dpo_fast.functional.liger_compat",
 }
 _SUBMODULES = ("batch", "backends", "data", "functional", "losses", "models", "naive", "reference")
 
-__all__ = ["DPOConfig", "DataCollatorForPreference", "Trainer", "__version__"]
+__all__ = [
+    "DPOConfig",
+    "DataCollatorForPreference",
+    "FusedLinearDPOLoss",
+    "Trainer",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
     from dpo_fast.data.collate import DataCollatorForPreference
+    from dpo_fast.functional.liger_compat import FusedLinearDPOLoss
     from dpo_fast.trainer import Trainer
 
 

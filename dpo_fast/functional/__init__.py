@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.functional.fused import FusedDPOOutput, fused_linear_dpo
+from dpo_fast.functional.liger_compat import FusedLinearDPOLoss
 from dpo_fast.functional.linear import linear_logprobs
 from dpo_fast.functional.pair_stats import PairGroup
 from dpo_fast.functional.sequence import sequence_logprobs
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FusedDPOOutput",
+    "FusedLinearDPOLoss",
     "HeadLoRA",
     "LinearLogprobs",
     "PairGroup",

@@ -105,7 +105,7 @@ class EmaPlan:
         draw = Draw(check_uint64(seed, "seed"), check_uint64(step, "step"))
         if alpha == 0.0:
             return
-        if self._tensors_moved():
+        if self._storage_now() != self._storage:
             self._check_tensors()
             self._build()
         blend = blend_of(alpha)
@@ -174,7 +174,7 @@ class EmaPlan:
         self._written += [s for s in shadow if s is not None and s.numel()]
         self._watched = [*self._refs.tensors, *self._policies.tensors]
         self._watched += [s for s in shadow if s is not None]
-        self._addresses = [tensor.data_ptr() for tensor in self._watched]
+        self._storage = self._storage_now()
         parts: dict[tuple[torch.device, str], list[Entry]] = {}
         for entry in self._entries:
             name = self._backend_name if entry.native else "torch"
@@ -184,5 +184,5 @@ class EmaPlan:
             backend = choose(name, device)
             self._groups.append(_Group(backend, backend.prepare(entries, device)))
 
-    def _tensors_moved(self) -> bool:
-        return [tensor.data_ptr() for tensor in self._watched] != self._addresses
+    def _storage_now(self) -> list[tuple[int, int, torch.dtype]]:
+        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in self._watched]

@@ -12,8 +12,8 @@
 namespace dpo_fast {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 4;  // caps registers at 64: enough loads in flight to fill the memory system
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 7;  // caps registers at 72: 57 KiB of loads in flight a multiprocessor, and no spills
 
 template <bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)

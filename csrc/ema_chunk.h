@@ -45,6 +45,7 @@ DPO_FAST_HD uint32_t get(const PackOf<D, kWidth>& pack, int k) {
   return (pack.words[k >> 1] >> (16 * (k & 1))) & 0xFFFFu;
 }
 
+// In ascending order of k, into a pack of its own: a pair's first element writes the whole word.
 template <int64_t D, int kWidth>
 DPO_FAST_HD void set(PackOf<D, kWidth>& pack, int k, uint32_t raw) {
   if (D == kF32) {
@@ -145,6 +146,7 @@ DPO_FAST_HD void chunk_packs(const ChunkView<R, P>& view, int64_t first, int64_t
     uint64_t drawn[2] = {0, 0};
     if (kStochastic) random_pack<kWidth>(position + static_cast<uint64_t>(i), blend.key, drawn);
     bool all_finite = true;
+    PackOf<R, kWidth> out = {};
     EMA_UNROLL
     for (int k = 0; k < kWidth; ++k) {
       const uint32_t random = static_cast<uint32_t>(drawn[k >> 2] >> (16 * (k & 3))) & 0xFFFFu;
@@ -152,11 +154,11 @@ DPO_FAST_HD void chunk_packs(const ChunkView<R, P>& view, int64_t first, int64_t
       const float r = kShadow ? float_of(get<kF32, kWidth>(masters[u], k)) : widen<R>(get<R, kWidth>(refs[u], k));
       const float value = blend_value(r, p, blend);
       all_finite &= fabsf(value) <= max_finite<R>();
-      set<R, kWidth>(refs[u], k, narrow_finite<R, kStochastic>(value, random));
+      set<R, kWidth>(out, k, narrow_finite<R, kStochastic>(value, random));
       set<kF32, kWidth>(masters[u], k, bits_of(value));
     }
     if (all_finite) {
-      View::template store_pack<R, kWidth>(view.ref, i, refs[u]);
+      View::template store_pack<R, kWidth>(view.ref, i, out);
       if constexpr (kShadow) View::template store_pack<kF32, kWidth>(view.shadow, i, masters[u]);
     } else {
       left_over |= 1u << u;

@@ -209,7 +209,7 @@ def test_temporaries_of_dead_writers_are_removed_and_of_living_ones_kept(tmp_pat
     import socket
 
     living = tmp_path / f".tmp-{socket.gethostname()}-{os.getpid()}-abc"
-    elsewhere = tmp_path / ".tmp-otherhost-1-abc"
+    elsewhere = tmp_path / ".tmp-otherhost-4194305-abc"  # a number beyond any process here
     old = tmp_path / ".tmp-otherhost-2-abc"
     for path in (living, elsewhere, old):
         path.write_bytes(b"")

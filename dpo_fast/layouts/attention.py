@@ -30,7 +30,15 @@ from dpo_fast.layouts.segments import Segment, Segments, segment_mask
 logger = logging.getLogger("dpo_fast")
 
 IMPLEMENTATION = "dpo_fast"
-BACKENDS = ("auto", "varlen", "flash_attn", "flex", "sdpa")
+# Backend -> name in transformers, which reads meaning into names that hold "sdpa" or "flash".
+_NAMES = {
+    "auto": IMPLEMENTATION,
+    "varlen": f"{IMPLEMENTATION}_varlen",
+    "flash_attn": f"{IMPLEMENTATION}_fa",
+    "flex": f"{IMPLEMENTATION}_flex",
+    "sdpa": f"{IMPLEMENTATION}_by_segment",
+}
+BACKENDS = tuple(_NAMES)
 # Arguments of a model that reach its attention and do not change what it computes.
 _HARMLESS = (
     "position_ids",
@@ -53,7 +61,7 @@ def implementation_name(backend: str = "auto") -> str:
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; use one of {list(BACKENDS)}")
-    return IMPLEMENTATION if backend == "auto" else f"{IMPLEMENTATION}_{backend}"
+    return _NAMES[backend]
 
 
 def register() -> None:
@@ -114,6 +122,7 @@ def segment_attention(
     _refuse_unknown(module, is_causal, kwargs)
     _refuse_window(module, sliding_window)
     _check_row(query, key, pair_segments)
+    pair_segments.num_calls += 1
     attend = choose_backend(backend, query, value, softcap, dropout)
     out = attend(query, key, value, pair_segments, scale=scale, window=sliding_window)
     return out.contiguous(), None

@@ -13,7 +13,7 @@ from dpo_fast.data.collate import DataCollatorForPreference
 from dpo_fast.layouts.attention import UnsupportedAttention
 from dpo_fast.layouts.install import segment_attention_in
 from dpo_fast.layouts.packed import PackedCollator
-from dpo_fast.models import base_causal_lm, forward_scored, install_scoring
+from dpo_fast.models import SegmentsIgnored, base_causal_lm, forward_scored, install_scoring
 
 # Relative to the norm of a hidden state; wrong attention is off by 0.01 to 1.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
@@ -47,6 +47,8 @@ def probe_error(model: nn.Module, collator: PackedCollator, backend: str = "auto
             found = _hidden(model, collator(rows))
     except UnsupportedAttention as refusal:
         return str(refusal)
+    except SegmentsIgnored:
+        return f"{type(lm).__name__} does not call the attention that is set for it"
     finally:
         for module in training:
             module.training = True

@@ -60,17 +60,21 @@ class Segments:
     Args:
         spans: the segments; together they cover ``[0, L)`` in order.
 
+    Attributes:
+        num_calls: how often an attention layer has read them; a model that never does ignores them.
+
     Raises:
         ValueError: a gap, an empty segment, or a prefix that does not start an earlier segment
             without prefix.
     """
 
     # A plain class: engines rebuild dataclasses and tuples that they find in a model's arguments.
-    __slots__ = ("_derived", "spans")
+    __slots__ = ("_derived", "num_calls", "spans")
 
     def __init__(self, spans: Iterable[Segment]) -> None:
         self.spans: tuple[Segment, ...] = tuple(spans)
         self._derived: dict[Hashable, Any] = {}
+        self.num_calls = 0
         roots: dict[int, int] = {}
         expected = 0
         for span in self.spans:
@@ -115,7 +119,7 @@ class Segments:
         return self.spans
 
     def __setstate__(self, state: tuple[Segment, ...]) -> None:
-        self.spans, self._derived = state, {}
+        self.spans, self._derived, self.num_calls = state, {}, 0
 
     def __repr__(self) -> str:
         return f"Segments({len(self.spans)} segments, {self.length} tokens)"

@@ -4,6 +4,7 @@ from dpo_fast.models.check import check_head
 from dpo_fast.models.head import Head, base_causal_lm, head_of, is_peft_model
 from dpo_fast.models.scoring import (
     ScoredOutput,
+    SegmentsIgnored,
     forward_scored,
     install_scoring,
     uninstall_scoring,
@@ -12,6 +13,7 @@ from dpo_fast.models.scoring import (
 __all__ = [
     "Head",
     "ScoredOutput",
+    "SegmentsIgnored",
     "base_causal_lm",
     "check_head",
     "forward_scored",

@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dpo_fast.batch import COUNT_KEYS, PLAN_KEYS, SEGMENTS_KEY, TokenPlan
@@ -29,6 +30,10 @@ NON_MODEL_KEYS = (
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
+
+
+class SegmentsIgnored(RuntimeError):
+    """A model got packed rows, and none of its attention layers read which tokens see which."""
 
 
 class ScoredOutput(NamedTuple):
@@ -105,7 +110,9 @@ def forward_scored(
         # Who sees whom is in the segments: transformers hands a 4-D mask on as it is, while from a
         # 2-D mask it would build L x L, and from position_ids alone it would cut answers off their
         # shared prompt.
-        inputs["attention_mask"] = batch["attention_mask"].new_ones((1, 1, 1, 1))
+        inputs["attention_mask"] = torch.ones(
+            (1, 1, 1, 1), dtype=torch.bool, device=batch["attention_mask"].device
+        )
 
     def scoring(hidden_states: Tensor, head: Head) -> Any:
         # With `device_map` the backbone may end on another device than the head.
@@ -122,14 +129,16 @@ def _run_scored(
     router_mask: Tensor | None,
 ) -> ScoredOutput:
     lm = base_causal_lm(model)
-    implementation = lm.config._attn_implementation
-    if SEGMENTS_KEY in kwargs and not str(implementation).startswith("dpo_fast"):
-        raise RuntimeError(
-            f"{type(lm).__name__} got packed rows, but its attention is {implementation!r}, which "
-            "would mix the "
-            "sequences: run it inside dpo_fast.layouts.segment_attention_in(model)."
-        )
+    segments = kwargs.get(SEGMENTS_KEY)
+    calls = segments.num_calls if segments is not None else 0
     outputs = lm.base_model(*args, **kwargs)
+    if segments is not None and segments.num_calls == calls:
+        raise SegmentsIgnored(
+            f"{type(lm).__name__} got packed rows, but its attention "
+            f"({lm.config._attn_implementation!r}) ignores the segments and mixes the sequences: "
+            "run it inside dpo_fast.layouts.segment_attention_in(model); where that is done, its "
+            "family needs batch_layout='padded'."
+        )
     value = scoring(outputs[0], head_of(lm))
     aux = None
     if kwargs.get("output_router_logits"):

@@ -23,11 +23,17 @@ def is_main_process() -> bool:
 
 
 def show_logs() -> None:
-    """Show dpo_fast's lines: all from rank 0, errors from the others. Twice changes nothing."""
+    """Show dpo_fast's lines: all from rank 0, errors from the others. Twice changes nothing.
+
+    Called before anything of Hugging Face is imported: without a terminal their bars, which
+    rewrite a line many times a second, are off or slow.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_MININTERVAL", "10")
     logger = logging.getLogger("dpo_fast")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-        logger.propagate = False
     logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)

@@ -1,0 +1,112 @@
+"""What can be found wrong before anything big is read: paths, names, what is not installed."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from dpo_fast.cli.arguments import DataArguments, ModelArguments
+from dpo_fast.cli.errors import UsageError
+from dpo_fast.config import DPOConfig
+from dpo_fast.files import probe_writable
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+
+
+def check_before_loading(model: ModelArguments, data: DataArguments, args: DPOConfig) -> None:
+    """Raise for what would fail minutes later.
+
+    Raises:
+        UsageError: a path that is not there, a folder without a model, evaluation data that nobody
+            would evaluate, bitsandbytes missing.
+        ValueError: an unknown loss, a reference that does not go with the rest.
+        OSError: the output folder cannot be written.
+    """
+    check_model(str(model.model_name_or_path), "--model_name_or_path")
+    if model.ref_model_name_or_path is not None:
+        check_model(model.ref_model_name_or_path, "--ref_model_name_or_path")
+    for name, flag in (
+        (data.dataset_name, "--dataset_name"),
+        (data.eval_dataset_name, "--eval_dataset_name"),
+    ):
+        if name is not None and looks_like_path(name) and not Path(name).expanduser().exists():
+            raise UsageError(f"{flag}: there is no file or folder {name!r}.")
+    if data.eval_dataset_name is not None and args.eval_strategy == "no":
+        raise UsageError(
+            "--eval_dataset_name is given, and nothing would be evaluated: add --eval_strategy "
+            "steps (or epoch), or drop it."
+        )
+    check_quantisation(model)
+    check_objective(model, data, args)
+    probe_writable(str(args.output_dir))
+
+
+def check_model(name: str, flag: str) -> None:
+    """A folder must hold a model; what is no folder must look like a hub name.
+
+    Raises:
+        UsageError: neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in _MODEL_FILES):
+            checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
+            hint = f" Did you mean {path / checkpoints[-1]}?" if checkpoints else ""
+            files = " or ".join(_MODEL_FILES)
+            raise UsageError(f"{flag}: the folder {name!r} holds no model (no {files}).{hint}")
+    elif path.exists():
+        raise UsageError(f"{flag}: {name!r} is a file; give the folder that save_pretrained wrote.")
+    elif looks_like_path(name):
+        raise UsageError(f"{flag}: there is no folder {name!r}.")
+
+
+def looks_like_path(name: str) -> bool:
+    """Hub names are ``name`` or ``owner/name``; everything else is meant as a path."""
+    is_relative_or_home = name.startswith((".", "/", "~", "\\"))
+    return is_relative_or_home or name.count("/") > 1 or name.endswith("/")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder holds an adapter to go on training, not a whole model."""
+    folder = Path(name).expanduser()
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def check_objective(model: ModelArguments, data: DataArguments, args: DPOConfig) -> None:
+    """The loss must exist, and the reference must go with everything else.
+
+    Raises:
+        ValueError: as the trainer would, once the model is loaded.
+    """
+    from dpo_fast.reference.choose import Situation, decide
+    from dpo_fast.trainer.setup import build_objective_loss
+
+    loss = build_objective_loss(args)
+    goes_on = is_adapter(str(model.model_name_or_path))
+    decide(
+        Situation(
+            asked=args.reference,
+            precompute_flag=args.precompute_ref_log_probs,
+            sync_flag=args.sync_ref_model,
+            ref_model=model.ref_model_name_or_path is not None,
+            peft="new" if model.use_peft else "continued" if goes_on else "no",
+            streamed="train" if data.streaming else None,
+            needs_reference=loss.needs_reference,
+        )
+    )
+
+
+def check_quantisation(model: ModelArguments) -> None:
+    """Quantised weights cannot be trained themselves, and need bitsandbytes.
+
+    Raises:
+        UsageError: no adapter, or no bitsandbytes.
+    """
+    if not model.quantised:
+        return
+    flag = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+    if find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"{flag} needs bitsandbytes, which is not installed: pip install bitsandbytes, or load "
+            "the weights with --dtype bfloat16."
+        )
+    if not model.use_peft and not is_adapter(str(model.model_name_or_path)):
+        raise UsageError(f"{flag} freezes the weights: add --use_peft, so that an adapter trains.")

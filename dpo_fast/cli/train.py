@@ -1,0 +1,63 @@
+"""`dpo-fast train`: preference pairs in, a trained model, its metrics and curves out."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dpo_fast.cli.logs import show_logs
+
+if TYPE_CHECKING:
+    from dpo_fast.trainer import Trainer
+
+logger = logging.getLogger("dpo_fast")
+
+DESCRIPTION = (
+    "Train a causal LM on preference pairs. Options are the fields of DPOConfig (TRL's names) and "
+    "those of model and data below; --config takes them from a YAML file, and flags win over it."
+)
+
+
+def run(words: list[str]) -> int:
+    """Train, save, draw."""
+    show_logs()
+    from dpo_fast.cli.build import build_trainer
+    from dpo_fast.cli.parser import parse
+    from dpo_fast.curves import CurvesCallback
+    from dpo_fast.progress import TrainingProgress, use_progress
+
+    arguments = parse("dpo-fast train", DESCRIPTION, words)
+    args = arguments.training
+    resume = resume_from(args.resume_from_checkpoint)
+    trainer = build_trainer(arguments)
+    use_progress(trainer)
+    if not any(isinstance(c, CurvesCallback) for c in trainer.callback_handler.callbacks):
+        trainer.add_callback(CurvesCallback())
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TrainingProgress):
+                callback.close()
+    save(trainer)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.data.dataset_name)
+    if hasattr(trainer, "end"):  # transformers 5.18: finishes trackers and process group
+        trainer.end()
+    return 0
+
+
+def save(trainer: "Trainer") -> None:
+    """Model, tokenizer and model card into the output folder."""
+    from dpo_fast.model_card import write_model_card
+
+    folder = str(trainer.args.output_dir)
+    trainer.save_model(folder)
+    if trainer.is_world_process_zero():
+        write_model_card(folder, trainer)
+    logger.info("Model, metrics.jsonl and curves.png are in %s.", folder)
+
+
+def resume_from(given: Any) -> str | bool | None:
+    """``--resume_from_checkpoint``: true (the newest complete one), a folder, or nothing."""
+    if given is None or given is False or str(given).lower() in ("false", "no", "none"):
+        return None
+    return True if str(given).lower() in ("true", "yes") else str(given)

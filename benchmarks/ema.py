@@ -1,6 +1,6 @@
 """TR-DPO's reference update: GB/s of the fused EMA against STREAM's triad, TRL's loop and foreach.
 
-    python -m benchmarks.ema                  # CPU: 1 GB of parameters in 290 tensors, fp32 and bf16
+    python -m benchmarks.ema                  # CPU: 1 GB of parameters in 290 tensors, each dtype
     python -m benchmarks.ema --device cuda    # 0.5B and 8B parameters, bf16, against a plain copy
 
 All variants run in one process in turn, round after round; a ratio is the median of the ratios
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from benchmarks.machine import machine_line, write_result
 from benchmarks.stream import Triad
-from dpo_fast.functional.ema import EmaPlan, make_shadow
+from dpo_fast.functional.ema import EmaPlan, Rounding, make_shadow
 
 ALPHA = 0.01
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Variant:
 
 
 def trl_loop(w: Weights) -> None:
-    """What TRL 1.16's SyncRefModelCallback computes: two kernels a tensor, five passes over memory."""
+    """TRL 1.16's SyncRefModelCallback: two kernels a tensor, five passes over memory."""
     for ref, policy in zip(w.refs, w.policies, strict=True):
         ref.mul_(1.0 - ALPHA).add_(policy, alpha=ALPHA)
 
@@ -126,10 +127,10 @@ def ours(w: Weights, backend: str, shadows: bool) -> dict[str, Variant]:
 def check_against_float64(dtype: torch.dtype) -> None:
     """The gate on the CPU: one update of a small model, to half an ulp (one, if stochastic)."""
     ulp = torch.finfo(dtype).eps
-    for rounding, limit in (("nearest", 0.5), ("stochastic", 1.0)):
+    for rounding, limit in zip(ROUNDINGS, (0.5, 1.0), strict=True):
         w = Weights("tiny", dtype, "cpu")
         gold = [r.double().lerp(p.double(), ALPHA) for r, p in zip(w.refs, w.policies, strict=True)]
-        EmaPlan(w.refs, w.policies).update_(ALPHA, rounding=rounding)  # type: ignore[arg-type]
+        EmaPlan(w.refs, w.policies).update_(ALPHA, rounding=rounding)
         for ref, exact in zip(w.refs, gold, strict=True):
             bound = exact.abs() * ulp * limit * (1 + 1e-3) + 1e-9 + ulp * 1e-3 * exact.abs().max()
             if not bool(((ref.double() - exact).abs() <= bound).all()):
@@ -138,7 +139,7 @@ def check_against_float64(dtype: torch.dtype) -> None:
 
 def check_against_cpu(backend: str) -> None:
     """The gate on a GPU: every mode gives the CPU's bits."""
-    for rounding in ("nearest", "stochastic"):
+    for rounding in ROUNDINGS:
         for shadowed in (False, True):
             torch.manual_seed(0)
             w = Weights("tiny", torch.bfloat16, "cpu")
@@ -148,7 +149,7 @@ def check_against_cpu(backend: str) -> None:
                 shadow = make_shadow(refs) if shadowed else None
                 policies = [p.to(device) for p in w.policies]
                 plan = EmaPlan(refs, policies, shadow=shadow, backend=name)
-                plan.update_(ALPHA, rounding=rounding, seed=1, step=2)  # type: ignore[arg-type]
+                plan.update_(ALPHA, rounding=rounding, seed=1, step=2)
                 results.append([r.cpu().view(torch.int16) for r in refs])
             if not all(torch.equal(a, b) for a, b in zip(*results, strict=True)):
                 raise SystemExit(f"{backend}, {rounding}: not the CPU's bits; nothing is timed")
@@ -171,7 +172,8 @@ def measure(variants: dict[str, Variant], rounds: int, device: str) -> dict[str,
     """Seconds of every variant in every round; the order turns by one each round."""
     for variant in variants.values():
         variant.run()
-    names, times = list(variants), {name: [] for name in variants}  # type: dict[str, list[float]]
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             times[name].append(seconds(variants[name].run, device))

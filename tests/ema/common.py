@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from dpo_fast.backends.ema.compiled import CompiledEma, extension
-from dpo_fast.functional.ema import EmaPlan, make_shadow
+from dpo_fast.functional.ema import EmaPlan, Rounding, make_shadow
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 ISAS = ("avx512", "avx2", "scalar")
 IMPLEMENTATIONS = (*ISAS, "torch")
-ROUNDINGS: tuple[Any, ...] = ("nearest", "stochastic")
+ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -29,7 +29,9 @@ def assert_same_bits(ours: Sequence[Tensor], theirs: Sequence[Tensor], about: ob
         if bool(different.any()):
             at = int(different.flatten().nonzero()[0])
             pair = a.flatten()[at].item(), b.flatten()[at].item()
-            raise AssertionError(f"{about}: tensor {i}, {int(different.sum())} differ, {at}: {pair}")
+            raise AssertionError(
+                f"{about}: tensor {i}, {int(different.sum())} differ, {at}: {pair}"
+            )
 
 
 def require(implementation: str) -> None:

@@ -23,7 +23,9 @@ SIZES = (1, 7, 97, 1031, 40_009)  # beside the lanes (8, 16, 64), the chunk (327
 OFFSETS = (3, 8, 17, 2**40 - 5, 2**32 - 1000)
 
 
-def result(implementation: str, refs: list[Tensor], policies: list[Tensor], **how: object) -> list[Tensor]:
+def result(
+    implementation: str, refs: list[Tensor], policies: list[Tensor], **how: object
+) -> list[Tensor]:
     """References and shadows after one update of copies."""
     own = [ref.clone() for ref in refs]
     shadow = shadow_of(own) if how.pop("shadowed") else None

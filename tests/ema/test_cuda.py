@@ -1,4 +1,4 @@
-"""The CUDA file without a GPU: it compiles cleanly, fits its registers, and its threads do it right."""
+"""The CUDA file without a GPU: it compiles cleanly, needs no spills, and its threads are right."""
 
 import ctypes
 import re
@@ -33,7 +33,12 @@ def test_compiles_without_warnings_or_spills(arch: str, tmp_path: Path) -> None:
     """At most 72 registers: seven blocks of 128 threads a multiprocessor hide the latency."""
     cubin = tmp_path / "ema.cubin"
     command = [nvcc(), "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(CSRC / "ema.cu"), "-o", str(cubin)]
+    command += [
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        str(CSRC / "ema.cu"),
+        "-o",
+        str(cubin),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
@@ -141,11 +146,13 @@ def test_import_and_refusal_without_a_driver() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a driver on this machine")
     command = "from dpo_fast import _C; print(_C.ema_cuda_refusal(0))"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
     assert "driver" in done.stdout
     entry = Entry(torch.zeros(8), torch.ones(8), None, 0)
     table = Table.build([entry]).arguments()
-    with pytest.raises(RuntimeError, match="EMA kernel on CUDA device 0 failed: .*driver"):
+    with pytest.raises(RuntimeError, match=r"EMA kernel on CUDA device 0 failed: .*driver"):
         module.ema_cuda(*table, 0.1, False, False, False, 0, 0, device=0, stream=0)
 
 

@@ -14,7 +14,7 @@ SYNCS = 1000
 
 
 def moving_policies(numel: int) -> Callable[[int], Tensor]:
-    """A bf16 policy that drifts and trembles around magnitudes of 1 to 3; any step, reproducible."""
+    """A bf16 policy that drifts and trembles around magnitudes of 1 to 3, at any step."""
     centre = (1 + 2 * torch.rand(numel)) * torch.randn(numel).sign()
     drift = 0.3 * torch.randn(numel).clamp(-1.5, 1.5)
 

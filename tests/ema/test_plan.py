@@ -136,7 +136,12 @@ def test_offsets_leave_no_two_tensors_one_counter() -> None:
 
 
 def test_make_shadow() -> None:
-    refs = [torch.randn(3), torch.randn(3).double(), torch.randn(3).half(), torch.randn(3).bfloat16()]
+    refs = [
+        torch.randn(3),
+        torch.randn(3).double(),
+        torch.randn(3).half(),
+        torch.randn(3).bfloat16(),
+    ]
     shadow = make_shadow(nn.Parameter(ref) for ref in refs)
     assert [s is None for s in shadow] == [True, True, False, False]
     for master, ref in zip(shadow[2:], refs[2:], strict=True):

@@ -1,4 +1,4 @@
-"""The random bits of stochastic rounding: published vectors, statistics, and what they depend on."""
+"""The random bits of stochastic rounding: published vectors, statistics, what they depend on."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 """Batch layouts that compute no token twice: packed rows, shared prefixes, token budgets."""
 
-from dpo_fast.layouts.budget import MICRO_BATCHES_KEY, BudgetCollator, split_step
+from dpo_fast.layouts.budget import TokenBudget, collect_rows
 from dpo_fast.layouts.choose import LAYOUTS, LayoutChoice, choose_layout, make_collator
 from dpo_fast.layouts.install import segment_attention_in
 from dpo_fast.layouts.lengths import PairLengths, pair_lengths
@@ -10,8 +10,6 @@ from dpo_fast.layouts.segments import Segment, Segments
 
 __all__ = [
     "LAYOUTS",
-    "MICRO_BATCHES_KEY",
-    "BudgetCollator",
     "LayoutChoice",
     "PackedCollator",
     "PairLengths",
@@ -19,9 +17,10 @@ __all__ = [
     "Segments",
     "SharedPrefixCollator",
     "TokenBalancedSampler",
+    "TokenBudget",
     "choose_layout",
+    "collect_rows",
     "make_collator",
     "pair_lengths",
     "segment_attention_in",
-    "split_step",
 ]

@@ -42,7 +42,7 @@ def choose_layout(
     ref_model: nn.Module | None = None,
     lengths: PairLengths | None = None,
     batch_size: int = 8,
-    own_collator: bool = False,
+    unsupported: str | None = None,
 ) -> LayoutChoice:
     """Choose, and say so in one log line.
 
@@ -56,7 +56,7 @@ def choose_layout(
         model: the policy. ref_model: a reference that is a model of its own.
         lengths: of the training pairs; None where they are not known (streams).
         batch_size: pairs of a padded batch, for the comparison.
-        own_collator: the user brought a data collator, whose rows are padded.
+        unsupported: why the run needs padded rows, whatever the model; None: it does not.
 
     Raises:
         ValueError: ``layout`` is unknown.
@@ -65,7 +65,7 @@ def choose_layout(
         raise ValueError(f"batch_layout={layout!r} must be one of {', '.join(LAYOUTS)}")
     if layout == "padded":
         return LayoutChoice("padded", "as asked")
-    choice = _supported(layout, model, ref_model, own_collator)
+    choice = _supported(layout, model, ref_model, unsupported)
     named = layout != "auto"
     if not named:
         choice = _worthwhile(choice, lengths, batch_size)
@@ -97,11 +97,11 @@ def make_collator(
 
 
 def _supported(
-    layout: str, model: nn.Module, ref_model: nn.Module | None, own_collator: bool
+    layout: str, model: nn.Module, ref_model: nn.Module | None, unsupported: str | None
 ) -> LayoutChoice:
     """The best layout up to the one asked for that is right for all models."""
-    if own_collator:
-        return LayoutChoice("padded", "the data collator is the caller's own")
+    if unsupported is not None:
+        return LayoutChoice("padded", unsupported)
     models = [m for m in (model, ref_model) if m is not None]
     reasons = []
     if layout != "packed":

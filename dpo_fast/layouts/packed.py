@@ -64,6 +64,9 @@ class PackedCollator:
       :data:`dpo_fast.batch.COUNT_KEYS`;
     - ``ref_chosen_logps``, ``ref_rejected_logps`` ``[P]`` float32 where the rows have them.
 
+    Attributes:
+        collator: the padded collator with the same arguments, which truncates.
+
     Raises:
         ValueError: an argument is out of range, or (when called) the rows are none or lack a key.
     """
@@ -74,42 +77,35 @@ class PackedCollator:
     max_length: int | None = None
     truncation_mode: str = "keep_start"
     few_shapes: bool = False
-    _padded: DataCollatorForPreference = field(init=False, repr=False)
+    collator: DataCollatorForPreference = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._padded = DataCollatorForPreference(
+        self.collator = DataCollatorForPreference(
             self.pad_token_id, self.max_length, self.truncation_mode
         )
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         check_rows(examples)
         batch = self.collate_pairs([self.pair_tokens(example) for example in examples])
-        self.add_references(batch, examples)
-        return batch
-
-    @staticmethod
-    def add_references(batch: dict[str, Any], examples: Sequence[dict[str, Any]]) -> None:
-        """Put ``ref_chosen_logps`` and ``ref_rejected_logps`` ``[P]`` where the rows have them."""
         for key in _REF_KEYS:
             if key in examples[0]:
                 batch[key] = torch.tensor([example[key] for example in examples])
+        return batch
 
     def pair_tokens(self, example: dict[str, Any]) -> PairTokens:
         """Both sequences of a row, truncated as the padded collator does it."""
         prompt = example["prompt_ids"]
-        chosen, chosen_start = self._padded.truncate(prompt, example["chosen_ids"])
-        rejected, rejected_start = self._padded.truncate(prompt, example["rejected_ids"])
+        chosen, chosen_start = self.collator.truncate(prompt, example["chosen_ids"])
+        rejected, rejected_start = self.collator.truncate(prompt, example["rejected_ids"])
         c, r = np.array(chosen, dtype=np.int64), np.array(rejected, dtype=np.int64)
         shared = common_prefix(c, r) if self.shares_prefix else 0
         return PairTokens(c, chosen_start, r, rejected_start, shared)
 
     def empty(self) -> dict[str, Any]:
-        """A batch of no pairs: one token that the model computes and nothing scores.
-
-        Ranks that have run out of pairs forward it, since engines want all ranks to forward equally
-        often.
-        """
-        return self.collate_pairs([])
+        """A batch of no pairs: one token that is computed and not scored, nor counted as fed."""
+        batch = self.collate_pairs([])
+        batch["attention_mask"].fill_(1)  # a mask of zeros would make router statistics NaN
+        return batch
 
     def collate_pairs(self, pairs: Sequence[PairTokens]) -> dict[str, Any]:
         """The batch of pairs that are truncated already."""

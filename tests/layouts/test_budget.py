@@ -1,48 +1,54 @@
 """Micro-batches by tokens: the same pairs, the same gradient, hardly a token for nothing."""
 
 import logging
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.workload import LENGTHS, make_rows
+from dpo_fast.batch import PlannedCollator, TokenPlan
 from dpo_fast.layouts import (
-    MICRO_BATCHES_KEY,
-    BudgetCollator,
     PackedCollator,
     SharedPrefixCollator,
-    split_step,
+    TokenBudget,
+    collect_rows,
+    pair_lengths,
 )
-from tests.layouts.compare import AWKWARD, global_error, run_step
+from dpo_fast.layouts.budget import padded_bins
+from tests.layouts.compare import AWKWARD, collators, global_error, run_step
 from tests.tiny import tiny_model
 
+LAYOUTS = ("padded", "packed", "shared_prefix")
 
-@pytest.mark.parametrize("layout", [PackedCollator, SharedPrefixCollator])
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_micro_batches_keep_pairs_whole_and_within_the_budget(layout):
     rows = make_rows(LENGTHS["2:1"], 64, 1000)
-    collator = layout(pad_token_id=0)
-    step = BudgetCollator(collator, 3000)(rows)
-    batches = step[MICRO_BATCHES_KEY]
-    assert step["pair_index"].tolist() == list(range(64))
+    collator = collators()[layout]
+    batches = TokenBudget(collator, 3000).cut(rows)
     assert sum(len(b["pair_index"]) for b in batches) == 64
     assert all(b["executed_tokens"] <= 3000 for b in batches)
+    assert all(b["executed_tokens"] == b["input_ids"].numel() for b in batches)
     whole = collator(rows)
-    assert step["seq_lens"] == whole["seq_lens"]
-    for key in ("num_tokens", "executed_tokens"):
-        assert sum(b[key] for b in batches) == whole[key]
+    assert sum(b["num_tokens"] for b in batches) == whole["num_tokens"]
     found = torch.cat([b["target"] for b in batches]).sort().values
     assert torch.equal(found, whole["target"].sort().values)
 
 
-def test_the_gradient_of_a_step_is_that_of_its_micro_batches():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_of_a_step_is_that_of_its_micro_batches(layout):
     model = tiny_model("llama")
-    collator = SharedPrefixCollator(pad_token_id=0)
+    collator = collators()[layout]
     whole = run_step(model, collator(AWKWARD))
-    step = BudgetCollator(collator, 14)(AWKWARD)
-    batches = split_step(step[MICRO_BATCHES_KEY], 6, collator.empty())
-    assert [len(b["pair_index"]) for b in batches[:2]] == [0, 0] and len(batches) == 6
-    parts = [run_step(model, batch) for batch in batches]
+    budget = TokenBudget(collator, 16)
+    batches = budget.cut(AWKWARD)
+    assert len(batches) > 2
+    filled = budget.fill(batches, len(batches) + 2)
+    assert [len(b["pair_index"]) for b in filled[:2]] == [0, 0]
+    parts = [run_step(model, batch) for batch in filled]
     assert all(part.grads.keys() == whole.grads.keys() for part in parts)
     grads = {name: sum(part.grads[name] for part in parts) for name in whole.grads}
     assert global_error(grads, whole.grads) < 1e-5
@@ -55,26 +61,32 @@ def test_hardly_a_token_is_computed_for_nothing(lengths, few_shapes):
     """Tokens needed over tokens computed, with the sizes that compiled code wants, too."""
     rows = make_rows(LENGTHS[lengths], 512, 1000)
     collator = SharedPrefixCollator(pad_token_id=0, few_shapes=few_shapes)
-    needed = sum(collator.pair_tokens(row).executed for row in rows)
-    made = [BudgetCollator(collator, 8192)(rows[i : i + 64]) for i in range(0, 512, 64)]
-    batches = [batch for step in made for batch in step[MICRO_BATCHES_KEY]]
-    executed = sum(b["executed_tokens"] for b in batches)
-    assert executed == sum(b["input_ids"].numel() for b in batches)
-    assert needed / executed >= (0.95 if few_shapes else 1.0)
+    budget = TokenBudget(collator, 8192)
+    steps = [rows[i : i + 64] for i in range(0, 512, 64)]
+    needed = [int(pair_lengths(step).shared_prefix.sum()) for step in steps]
+    cut = [budget.cut(step) for step in steps]
+    batches = [batch for step in cut for batch in step]
+    executed = sum(b["input_ids"].numel() for b in batches)
+    assert executed == sum(b["executed_tokens"] for b in batches)
+    assert sum(needed) / executed >= (0.95 if few_shapes else 1.0)
     assert len({b["input_ids"].shape for b in batches}) <= (24 if few_shapes else 512)
-    fullness = needed / sum(len(s[MICRO_BATCHES_KEY]) * 8192 for s in made)
-    fewest = sum(
-        -(-sum(collator.pair_tokens(r).executed for r in rows[i : i + 64]) // 8192)
-        for i in range(0, 512, 64)
-    )
-    assert len(batches) <= fewest + 1 and fullness > 0.6
+    for tokens, step in zip(needed, cut, strict=True):
+        assert len(step) <= -(-tokens // 8192) + 1
+
+
+@given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 200))
+def test_padded_bins(longest, capacity):
+    bins = padded_bins(longest, capacity)
+    assert sorted(i for b in bins for i in b) == list(range(len(longest)))
+    for b in bins:
+        assert 2 * len(b) * max(longest[i] for i in b) <= capacity or len(b) == 1
 
 
 def test_a_pair_beyond_the_budget_runs_alone_and_is_said_once(caplog):
-    collator = BudgetCollator(SharedPrefixCollator(pad_token_id=0), 10)
+    budget = TokenBudget(SharedPrefixCollator(pad_token_id=0), 10)
     with caplog.at_level(logging.WARNING, "dpo_fast"):
-        batches = collator(AWKWARD)[MICRO_BATCHES_KEY]
-        collator(AWKWARD)
+        batches = budget.cut(AWKWARD)
+        budget.cut(AWKWARD)
     sizes = [(len(b["pair_index"]), b["executed_tokens"]) for b in batches]
     assert (1, 50) in sizes and all(n == 1 or size <= 10 for n, size in sizes)
     assert [r.getMessage() for r in caplog.records] == [
@@ -82,27 +94,51 @@ def test_a_pair_beyond_the_budget_runs_alone_and_is_said_once(caplog):
     ]
 
 
-def test_references_follow_their_pairs():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_references_follow_their_pairs(layout):
     rows = [
-        {**row, "ref_chosen_logps": float(rng.normal()), "ref_rejected_logps": float(i)}
+        {**row, "ref_chosen_logps": 0.5, "ref_rejected_logps": float(i)}
         for i, row in enumerate(AWKWARD)
     ]
-    step = BudgetCollator(SharedPrefixCollator(pad_token_id=0), 14)(rows)
-    for batch in step[MICRO_BATCHES_KEY]:
-        starts = batch["token_index"]
-        assert len(batch["ref_rejected_logps"]) == len(batch["pair_index"]) and len(starts)
+    batches = TokenBudget(collators()[layout], 16).cut(rows)
+    found = []
+    for batch in batches:
+        pairs = len(batch["pair_index"])
         for i, number in enumerate(batch["ref_rejected_logps"].tolist()):
-            row = AWKWARD[int(number)]
-            length = batch["completion_lens"][len(batch["pair_index"]) + i]
-            assert length == len(row["rejected_ids"])
+            answer = AWKWARD[int(number)]["rejected_ids"]
+            assert batch["completion_lens"][pairs + i] == len(answer)
+            found.append(int(number))
+    assert sorted(found) == list(range(len(AWKWARD)))
+
+
+def test_rows_pass_a_loader_untouched():
+    from accelerate.utils import find_batch_size, send_to_device
+
+    batch = send_to_device(collect_rows(AWKWARD), "cpu")
+    assert batch["rows"].rows == AWKWARD and find_batch_size(batch) == len(AWKWARD)
+    with pytest.raises(ValueError, match="no rows"):
+        collect_rows([])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_empty_batch_is_fed_but_not_counted(layout):
+    batch = TokenBudget(collators()[layout], 8).empty()
+    plan = TokenPlan.from_batch(batch)
+    assert (plan.num_pairs, plan.num_tokens, plan.rows) == (0, 0, 1)
+    assert (batch["num_tokens"], batch["padded_tokens"], batch["executed_tokens"]) == (0, 0, 1)
+    assert batch["attention_mask"].tolist() == [[1]]
+    assert ("pair_segments" in batch) == (layout != "padded")
 
 
 def test_bad_budgets_are_refused():
     with pytest.raises(ValueError, match="max_tokens_per_batch=0"):
-        BudgetCollator(PackedCollator(0), 0)
-    with pytest.raises(ValueError, match="cannot be filled up to 1"):
-        split_step([{}, {}], 1, {})
-    with pytest.raises(ValueError, match="without an empty one"):
-        split_step([{}], 2, None)
-    assert split_step([{}], 1, None) == [{}]
+        TokenBudget(PackedCollator(0), 0)
+    with pytest.raises(ValueError, match="more than 1"):
+        TokenBudget(PackedCollator(0), 8).fill([{}, {}], 1)
+
+    def own(rows: list[Any]) -> dict[str, Any]:
+        return {}
+
+    for collator in (own, PlannedCollator(own)):
+        with pytest.raises(ValueError, match="caller's own"):
+            TokenBudget(collator, 8)

@@ -156,6 +156,7 @@ def test_rounded_lengths_are_few_and_near():
 def test_an_empty_batch_has_one_token_and_no_pair(collator):
     batch = collator.empty()
     assert batch["input_ids"].tolist() == [[5]] and batch["seq_lens"] == []
+    assert batch["attention_mask"].tolist() == [[1]]
     plan = TokenPlan.from_batch(batch)
     assert (plan.num_pairs, plan.num_tokens) == (0, 0)
     assert plan.gather(torch.ones(1, 1, 3)).shape == (0, 3)

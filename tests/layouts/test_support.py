@@ -160,7 +160,9 @@ def test_prompt_tuning_is_padded():
 
 def test_the_callers_own_collator_is_padded(caplog):
     with caplog.at_level(logging.INFO, "dpo_fast"):
-        choice = choose_layout("shared_prefix", tiny_model("llama"), own_collator=True)
+        choice = choose_layout(
+            "shared_prefix", tiny_model("llama"), unsupported="the collator is own"
+        )
     assert choice.name == "padded" and "own" in choice.reason
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 

@@ -23,9 +23,7 @@ def _load(data: DataArguments, source: str, split: str, flag: str) -> Any:
 
     config = data.dataset_config if source == data.dataset_name else None
     try:
-        return load_preferences(
-            source, split=split, config_name=config, streaming=data.streaming
-        )
+        return load_preferences(source, split=split, config_name=config, streaming=data.streaming)
     except (ValueError, OSError, DatasetsError) as error:
         hint = ""
         if flag == "--dataset_test_split" and data.eval_dataset_name is None:

@@ -36,6 +36,8 @@ def reported(command: str) -> Iterator[Outcome]:
     outcome = Outcome()
     try:
         yield outcome
+    except SystemExit as done:  # argparse: 0 after --help, 2 after a message of its own
+        outcome.code = done.code if isinstance(done.code, int) else 1
     except KeyboardInterrupt as stop:
         _say(command, str(stop) or "interrupted")
         outcome.code = 130

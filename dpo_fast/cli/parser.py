@@ -50,15 +50,13 @@ def parse(command: str, description: str, words: Sequence[str], **forced: Any) -
     words, config = _take_config(list(words))
     from_file = FileOptions({}, {}) if config is None else read_config(config, table)
     words, values = _spell_out(words, table)
-    file_words = {name: w for name, w in from_file.words.items() if name not in values}
-    parser.set_defaults(**{**from_file.defaults, **values})
-    if file_words:
-        _check_file_words(parser, file_words, config)
-    joined = [word for option in file_words.values() for word in option]
+    parser.set_defaults(**from_file.defaults)
+    _check_file_words(parser, from_file.words, config)
+    joined = [word for option in from_file.words.values() for word in option]
     namespace, rest = parser.parse_known_args([*joined, *words])
     if rest:
         raise UsageError(f"unexpected {rest[0]!r}: every value follows its --option.")
-    return _build({**vars(namespace), **forced})
+    return _build({**vars(namespace), **values, **forced})
 
 
 def _parser(command: str, description: str) -> _Parser:

@@ -56,20 +56,23 @@ class TritonBackend:
     ) -> HeadForward:
         a, b, lora_scale = (None, None, 0.0) if head.lora is None else head.lora
         scalars = (lora_scale, head.softcap, head.scale)
-        tensors = (hidden, head.weight, target, head.bias, a, b)
+        args: tuple[Any, ...] = (hidden, head.weight, target, head.bias, a, b, *scalars)
         # Every row is scored here, so no target means "ignored".
-        options = (-(2**31), list(needs), bool(outputs), store, self.engine)
+        args += (-(2**31), list(needs), bool(outputs), store, self.engine)
         if buffer is None:
-            flat = Flat(*linear_logprob_fwd(*tensors, *scalars, *options))
+            flat = Flat(*linear_logprob_fwd(*args))
         else:
-            flat = run_forward(*tensors, *scalars, *options, buffer)
+            flat = run_forward(*args, buffer=buffer)
         found: dict[str, Any] = {name: flat.stats[_PLANES[name]] for name in outputs}
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"] != 0
         result = LinearLogprobs(flat.logps, **found)
         if not any(needs):
             return HeadForward(result, None)
-        kept = (hidden, head.weight, head.bias, a, b, *flat[1:3], *flat[4:])
+        weight, bias = head.weight, head.bias
+        if store or not needs.head:  # then the backward reads their shapes only
+            weight, bias = weight.new_empty(1).expand(weight.shape), None
+        kept = (hidden, weight, bias, a, b, *flat[1:3], *flat[4:])
         return HeadForward(result, Saved(kept, (needs, scalars)))
 
     def backward(self, saved: Saved, dlogps: Tensor, into: HeadGrads | None = None) -> HeadGrads:
@@ -77,16 +80,12 @@ class TritonBackend:
         hidden, weight, bias, a, b, state, col, e, g, eb = saved.tensors
         assert hidden is not None and weight is not None and state is not None
         assert col is not None and e is not None and g is not None and eb is not None
-        tensors = (hidden, weight, bias, a, b)
-        options = (list(needs), self.engine)
+        args: tuple[Any, ...] = (hidden, weight, bias, a, b, *scalars, list(needs), self.engine)
         if into is None:
-            flat = (state[0], state, col, e, g, eb, dlogps)
-            found = linear_logprob_bwd(*tensors, *scalars, *options, *flat)
-            return HeadGrads(*(t if asked else None for t, asked in zip(found, needs, strict=True)))
+            grads = linear_logprob_bwd(*args, state[0], state, col, e, g, eb, dlogps)
+            return HeadGrads(*(t if asked else None for t, asked in zip(grads, needs, strict=True)))
         kept = Flat(state[0], state, col, state, e, g, eb)
-        return HeadGrads(
-            *run_backward(*tensors, *scalars, *options, kept, dlogps, Gradients(*into))
-        )
+        return HeadGrads(*run_backward(*args, saved=kept, dlogps=dlogps, into=Gradients(*into)))
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:

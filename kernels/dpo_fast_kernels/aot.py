@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, TABLE, Tile, store_by_tma
+from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, TABLE, Tile, variant_of
 
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 99 * 1024}
 SPILLS_HEAVIEST = 128  # bytes a thread, softcap together with statistics; everything else: none
@@ -70,7 +70,7 @@ class Report(NamedTuple):
 POINTER = {
     "x": "*bf16", "w": "*bf16", "tail_x": "*bf16", "tail_w": "*bf16", "e": "*bf16",
     "x_ptr": "*bf16", "w_ptr": "*bf16", "tail_x_ptr": "*bf16", "tail_w_ptr": "*bf16",
-    "e_ptr": "*bf16", "bias_ptr": "*bf16", "target_ptr": "*i64", "col_ptr": "*i32",
+    "e_ptr": "*bf16", "target_ptr": "*i64", "col_ptr": "*i32",
     "rows_ptr": "*i32", "count_ptr": "*i32", "flag_ptr": "*i32", "table_ptr": "*bf16",
     "dx_ptr": "*bf16", "xs_ptr": "*bf16", "cu_ptr": "*i64", "E_DTYPE": "constexpr",
 }  # fmt: skip
@@ -96,18 +96,19 @@ def argument_type(name: str) -> str:
 
 
 def variants() -> Iterator[tuple[str, dict[str, bool]]]:
-    """Feature sets of the GEMM kernels; each runs on the tile of its class of registers."""
-    names = ("HAS_BIAS", "HAS_TAIL", "HAS_SOFTCAP", "STATS")
-    for text in ("", "B", "T", "BT", "C", "S", "CS", "BTC", "BTS", "BTCS"):
-        yield text or "-", dict(zip(names, ("B" in text, "T" in text, "C" in text, "S" in text)))  # noqa: B905
+    """Feature sets of the GEMM kernels: Tail (adapter, bias), softCap, Statistics."""
+    for text in ("", "T", "C", "TC", "S", "TS", "CS", "TCS"):
+        yield (
+            text or "-",
+            {"HAS_TAIL": "T" in text, "HAS_SOFTCAP": "C" in text, "STATS": "S" in text},
+        )
 
 
 def gemm_cases(target: str) -> Iterator[Case]:
     for kind in [name for name, variant in TABLE if variant == "plain" and name.startswith(target)]:
         for text, on in variants():
-            heavy = on["HAS_SOFTCAP"] or on["STATS"]
             limit = SPILLS_HEAVIEST if on["HAS_SOFTCAP"] and on["STATS"] else 0
-            for _, tile in TABLE[kind, "heavy" if heavy else "plain"]:
+            for _, tile in TABLE[kind, variant_of(on["HAS_SOFTCAP"], on["STATS"])]:
                 for store in (False, True):
                     yield exp_gemm_case(target, kind == "sm_90", tile, text, on, store, limit)
 
@@ -115,19 +116,18 @@ def gemm_cases(target: str) -> Iterator[Case]:
 def exp_gemm_case(
     target: str, tma: bool, tile: Tile, text: str, on: dict[str, bool], store: bool, limit: int
 ) -> Case:
-    tma_store = tma and store_by_tma(on["HAS_SOFTCAP"], on["STATS"])
     constants: dict[str, Any] = {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
-        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma, "TMA_STORE": tma_store, "STORE": store, **on,
+        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma, "STORE": store,
+        "HAS_LOST": store, "E_DTYPE": "bf16", **on,
     }  # fmt: skip
     types = {}
     if tma:
         shapes = {"x": (tile.block_n, tile.block_h), "w": (tile.block_v, tile.block_h)}
         shapes |= {"tail_x": (tile.block_n, tile.block_q), "tail_w": (tile.block_v, tile.block_q)}
-        if tma_store:
-            shapes["e"] = (tile.block_n, tile.block_v)
+        shapes["e"] = (tile.block_n, tile.block_v)
         types = {name: f"tensordesc<bf16[{a},{b}]>" for name, (a, b) in shapes.items()}
-    unused = [("e", not store), ("bias_ptr", not on["HAS_BIAS"])]
+    unused = [("e", not store), ("lost_ptr", not store)]
     unused += [("tail_x", not on["HAS_TAIL"]), ("tail_w", not on["HAS_TAIL"])]
     constants |= {name: None for name, gone in unused if gone}
     label = (
@@ -145,19 +145,17 @@ def off_range_cases(target: str) -> Iterator[Case]:
     widths = {t.block_v for (name, _), rows in TABLE.items() if name.startswith(target) for _, t in rows}  # fmt: skip
     for width in sorted(widths):
         for text, on in variants():
-            if text not in ("-", "BTC", "BTS", "BTCS"):
+            if text not in ("-", "TC", "TCS"):
                 continue
             for maximum, store in ((True, False), (False, True)):
                 constants: dict[str, Any] = {
                     "BLOCK_N": OFF_RANGE_BLOCK_N, "BLOCK_V": width, "BLOCK_H": 64, "BLOCK_Q": 32,
-                    "MAXIMUM": maximum, "STORE": store, **on,
+                    "MAXIMUM": maximum, "STORE": store, "HAS_LOST": store, **on,
                 }  # fmt: skip
                 if not on["HAS_TAIL"]:
                     constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
-                if not on["HAS_BIAS"]:
-                    constants |= {"bias_ptr": None}
                 if not store:
-                    constants |= {"e_ptr": None}
+                    constants |= {"e_ptr": None, "lost_ptr": None}
                 label = f"off_range 16x{width} {text} {'max' if maximum else 'sum'}"
                 yield Case(
                     target,
@@ -175,14 +173,12 @@ def off_range_cases(target: str) -> Iterator[Case]:
 
 def target_logit_cases(target: str) -> Iterator[Case]:
     for text, on in variants():
-        if text not in ("-", "BT", "BTC"):
+        if text not in ("-", "TC"):
             continue
         constants: dict[str, Any] = {"BLOCK_H": 64, "BLOCK_Q": 32, "BLOCK": 64, **on}
         del constants["STATS"]
         if not on["HAS_TAIL"]:
             constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
-        if not on["HAS_BIAS"]:
-            constants |= {"bias_ptr": None}
         yield Case(
             target, f"target_logit {text}", "target_logit", "_target_logit_kernel", {}, constants,
             4, 3, target == "sm_90", 0,
@@ -203,7 +199,7 @@ def row_cases(target: str) -> Iterator[Case]:
         gone: dict[str, Any] = {} if redo else {"rows_ptr": None, "count_ptr": None}
         yield case(
             "rows", "_finish_rows_kernel", BLOCK=128, E_DTYPE="bf16", STATS=True, STORE=True,
-            FROM_K=redo, INDIRECT=redo, **gone,
+            HAS_LOST=True,            FROM_K=redo, INDIRECT=redo, **gone,
         )  # fmt: skip
     yield case("rows", "_compact_kernel", BLOCK=4096)
     yield case("row_scale", "_gather_axpy_kernel", BLOCK_N=16, BLOCK_K=128)
@@ -213,6 +209,11 @@ def row_cases(target: str) -> Iterator[Case]:
     )  # fmt: skip
     yield case("row_scale", "_column_sum_kernel", BLOCK_N=32, BLOCK_V=128)
     yield case("row_scale", "_target_fix_kernel", BLOCK=256)
+    yield case("logits", "_logits_max_kernel", warps=8, BLOCK=4096, HAS_SOFTCAP=True)
+    yield case(
+        "logits", "_logits_exp_kernel", warps=8, BLOCK=4096, SUMS=True, STATS=True, STORE=True,
+        HAS_LOST=True, HAS_SOFTCAP=True,
+    )  # fmt: skip
     yield case("segment", "_segment_sum_kernel", BLOCK=512, HAS_WEIGHT=True)
 
 

@@ -66,24 +66,13 @@ def tile_of(index, num_n, num_v, GROUP_N: tl.constexpr):
 
 
 @triton.jit
-def logit_tile(
-    acc,
-    bias_ptr,
-    offs_v,
-    V,
-    softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """Bias and softcap of an accumulator tile: (capped logits, slope of the cap)."""
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0)
-        acc += bias.to(tl.float32)[None, :]
+def logit_tile(acc, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Softcap of an accumulator tile: (capped logits, slope of the cap)."""
     if HAS_SOFTCAP:
-        acc, slope = softcapped(acc, softcap)
+        a, slope = softcapped(acc, softcap)
     else:
-        slope = 1.0
-    return acc, slope
+        a, slope = acc, 1.0
+    return a, slope
 
 
 @triton.jit

@@ -44,8 +44,11 @@ class Engine(Protocol):
 
     def again(
         self, operands: Operands, rows: TargetLogits, start: int, e: Tensor, state: RowState
-    ) -> None:
-        """E of the slab ``operands`` [N, v], which begins at column ``start``, into ``e``."""
+    ) -> Tensor | None:
+        """E of the slab ``operands`` [N, v], which begins at column ``start``, into ``e``.
+
+        Returns what rounding took from its entries (without the target's), ``[N]``, or None.
+        """
         ...
 
 
@@ -76,9 +79,10 @@ class ExpGemm:
 
     def again(
         self, operands: Operands, rows: TargetLogits, start: int, e: Tensor, state: RowState
-    ) -> None:
-        exp_gemm(operands, self.launch, rows, e=e, stats=False, start=start)
+    ) -> Tensor | None:
+        _, lost_part = exp_gemm(operands, self.launch, rows, e=e, stats=False, start=start)
         target_fix(e, state.fix, rows.col, start)
+        return _over_tiles(lost_part, self.launch.programs)
 
 
 class Logits:
@@ -120,10 +124,9 @@ class Logits:
     ) -> Scored:
         z = _logits(operands)
         n, vocab = z.shape
-        bias, cap, reduce = operands.bias, operands.softcap, vocabulary.reduce
+        cap, reduce = operands.softcap, vocabulary.reduce
         rows, part = logits_max(
             z,
-            bias,
             cap,
             target,
             ignore_index=vocabulary.ignore_index,
@@ -136,20 +139,23 @@ class Logits:
             reduce(rows.k, "max")
         part = z.new_empty(num_planes(operands, stats), -(-vocab // BLOCK), n)
         half = self.e_dtype == torch.float16
-        logits_exp(
-            z, bias, cap, operands.scale, rows, e=None if half else e, part=part, stats=stats
-        )
+        early = None if half else e
+        lost_part = logits_exp(z, cap, operands.scale, rows, e=early, part=part, stats=stats)
+        lost = _over_tiles(lost_part, self.programs)
         sums = z.new_empty(part.shape[0], n)
         reduce_tiles(part, sums, programs=self.programs)
         if reduce is not None:
             reduce(sums, "sum")
+            if lost is not None:
+                reduce(lost, "sum")
         state = new_row_state(n, stats, z.device)
         finish_rows(
             sums,
             rows,
             state,
             torch.empty_like(rows.col),
-            e=None if half else e,
+            lost=lost,
+            e=early,
             vocab=vocab,
             e_dtype=self.e_dtype,
             scale=operands.scale,
@@ -159,21 +165,26 @@ class Logits:
         if half:
             rows, state = half_precision(rows, state, sums[0], operands.scale)
             if e is not None:
-                logits_exp(z, bias, cap, operands.scale, rows, e=e, part=None)
+                lost_part = logits_exp(z, cap, operands.scale, rows, e=e, part=None)
                 target_fix(e, state.fix, rows.col, 0)
+                lost = _over_tiles(lost_part, self.programs)
+                assert lost is not None
+                if reduce is not None:
+                    reduce(lost, "sum")
+                state = state._replace(delta=state.delta + torch.where(rows.col > -2, lost, 0.0))
         return Scored(rows, state, sums[4] if stats and cap is not None else None)
 
     def again(
         self, operands: Operands, rows: TargetLogits, start: int, e: Tensor, state: RowState
-    ) -> None:
+    ) -> Tensor | None:
         n, width = e.shape
         chunk = max(1, LOGITS_BYTES // (4 * width))
+        found = []
         for first in range(0, n, chunk):
             last = min(n, first + chunk)
             part = operands.rows(first, last)
-            logits_exp(
+            lost_part = logits_exp(
                 _logits(part),
-                part.bias,
                 part.softcap,
                 part.scale,
                 TargetLogits(*(t[first:last] for t in rows)),
@@ -181,11 +192,23 @@ class Logits:
                 part=None,
                 start=start,
             )
+            found.append(_over_tiles(lost_part, self.programs))
         target_fix(e, state.fix, rows.col, start)
+        lost = [t for t in found if t is not None]
+        return torch.cat(lost) if lost else None
+
+
+def _over_tiles(lost_part: Tensor | None, programs: int) -> Tensor | None:
+    """Sums ``[N]`` of ``[tiles, N]``."""
+    if lost_part is None:
+        return None
+    lost = lost_part.new_empty(lost_part.shape[1])
+    reduce_tiles(lost_part.unsqueeze(0), lost.unsqueeze(0), programs=programs)
+    return lost
 
 
 def _logits(operands: Operands) -> Tensor:
-    """``x w^T`` and the tail in float32, before bias and softcap."""
+    """``x w^T`` and the tail in float32, before the softcap."""
     z = product(operands.x, operands.w.T)
     if operands.tail_x is not None and operands.tail_w is not None:
         add_product(z, operands.tail_x, operands.tail_w.T)
@@ -210,7 +233,7 @@ def half_precision(
 
 
 def engine_name(name: str | None, dtype: torch.dtype) -> str:
-    """"triton" (:class:`ExpGemm`) or "cublas" (:class:`Logits`); None decides by dtype."""
+    """ "triton" (:class:`ExpGemm`) or "cublas" (:class:`Logits`); None decides by dtype."""
     if name is None:
         return "triton" if dtype == torch.bfloat16 else "cublas"
     if name not in ("triton", "cublas"):

@@ -12,7 +12,7 @@ tile the epilogue takes one exponential an element and writes
 No maximum, no rescaling, no atomics: bit-reproducible, and equal with and without the store.
 
 Legend: N rows, H hidden, V columns from `start` of the vocabulary, Q of the low-rank tail. With TMA the
-four operands are host-side tensor descriptors, with TMA_STORE e too; otherwise pointers with strides.
+four operands and e are host-side tensor descriptors, otherwise pointers with strides.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -28,8 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpo_fast_kernels.device import LOG2E, exp_tile, logit_tile, store_statistics, tile_of
 from dpo_fast_kernels.operands import Launch, Operands
+from dpo_fast_kernels.products import TRITON_DTYPES
 from dpo_fast_kernels.target_logit import TargetLogits
-from dpo_fast_kernels.tiles import store_by_tma
 
 
 @triton.jit
@@ -80,11 +80,11 @@ def _exp_gemm_kernel(
     tail_x,  # [N, Q]
     tail_w,  # [V, Q]
     e,  # [N, V] out
-    bias_ptr,  # [V]
     k_ptr,  # [N]
     zy_ptr,  # [N], read with STATS
     col_ptr,  # [N] int32
     part_ptr,  # [1, 4 or 5, cdiv(V, UNIT), N] out
+    lost_ptr,  # [cdiv(V, BLOCK_V), N] out: what rounding took from the stored entries
     N,
     V,
     H,
@@ -103,11 +103,11 @@ def _exp_gemm_kernel(
     BLOCK_Q: tl.constexpr,
     GROUP_N: tl.constexpr,
     TMA: tl.constexpr,
-    TMA_STORE: tl.constexpr,
     UNIT: tl.constexpr,
     STORE: tl.constexpr,
+    HAS_LOST: tl.constexpr,
+    E_DTYPE: tl.constexpr,
     STATS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
@@ -131,7 +131,7 @@ def _exp_gemm_kernel(
         k = tl.load(k_ptr + offs_n, mask=mask_n, other=0.0)
         col = tl.load(col_ptr + offs_n, mask=mask_n, other=-2)
         col = tl.where(col >= 0, tl.maximum(col - start, -1), col)
-        a, slope = logit_tile(acc, bias_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        a, slope = logit_tile(acc, softcap, HAS_SOFTCAP)
         p = exp_tile(a, k, col, offs_v, V, scale * LOG2E)
         offsets = pid_v.to(tl.int64) * N + offs_n
         if BLOCK_V > UNIT:  # the same order of summation whatever the tile
@@ -145,12 +145,15 @@ def _exp_gemm_kernel(
         # The store comes first, so that the slope need not outlive it.
         if STORE:
             out = p * slope
-            if TMA_STORE:
-                e.store([pid_n * BLOCK_N, pid_v * BLOCK_V], out.to(e.dtype))
+            rounded = out.to(E_DTYPE)
+            if HAS_LOST:
+                lost = tl.sum(out - rounded.to(tl.float32), 1)
+                tl.store(lost_ptr + offsets, lost, mask=mask_n)
+            if TMA:
+                e.store([pid_n * BLOCK_N, pid_v * BLOCK_V], rounded)
             else:
                 e_ptrs = e + offs_n.to(tl.int64)[:, None] * stride_en + offs_v[None, :]
-                inside = mask_n[:, None] & (offs_v < V)[None, :]
-                tl.store(e_ptrs, out.to(e.dtype.element_ty), mask=inside)
+                tl.store(e_ptrs, rounded, mask=mask_n[:, None] & (offs_v < V)[None, :])
         if STATS:
             if STORE:  # E again instead of keeping it in registers: k read twice defeats the reuse
                 k = tl.load(k_ptr + offs_n, mask=mask_n, other=0.0, volatile=True)
@@ -174,17 +177,23 @@ def exp_gemm(
     e: Tensor | None,  # [N, V] out, unit stride within rows
     stats: bool,
     start: int = 0,  # first column of operands.w within the vocabulary of rows.col
-) -> Tensor:
-    """Partial sums ``[C, units, N]`` float32; fills ``e`` except the target's entries."""
+) -> tuple[Tensor, Tensor | None]:
+    """Partial sums ``[C, units, N]`` float32; fills ``e`` except the target's entries.
+
+    With a 16-bit ``e`` also ``[tiles, N]`` sums of what rounding took from its entries.
+    """
     x, w, tile = operands.x, operands.w, launch.tile
     n, vocab = x.shape[0], w.shape[0]
     assert tile.block_v == tile.unit or not stats, "the statistics have one block a unit"
     units = triton.cdiv(vocab, tile.unit)
     part = x.new_empty(num_planes(operands, stats), units, n, dtype=torch.float32)
+    tiles = triton.cdiv(vocab, tile.block_v)
+    lost = None
+    if e is not None and e.dtype != torch.float32:
+        lost = part.new_empty(tiles, n)
     if n == 0:
-        return part
+        return part, lost
     capped, tailed = operands.softcap is not None, operands.tail_x is not None
-    tma_store = launch.tma and store_by_tma(capped, stats)
     args: list[Any] = [x, w, operands.tail_x, operands.tail_w]
     if launch.tma:
         heights = (tile.block_n, tile.block_v) * 2
@@ -194,17 +203,18 @@ def exp_gemm(
             for t, height, width in zip(args, heights, widths, strict=True)
         ]
     target: Any = e
-    if e is not None and tma_store:
+    if e is not None and launch.tma:
         target = TensorDescriptor.from_tensor(e, [tile.block_n, tile.block_v])
-    grid = (min(launch.programs, triton.cdiv(n, tile.block_n) * triton.cdiv(vocab, tile.block_v)),)
+    grid = (min(launch.programs, triton.cdiv(n, tile.block_n) * tiles),)
     _exp_gemm_kernel[grid](
-        *args, target, operands.bias, rows.k, rows.zy, rows.col, part,
+        *args, target, rows.k, rows.zy, rows.col, part, lost,
         n, vocab, x.shape[1], 0 if operands.tail_x is None else operands.tail_x.shape[1], start,
         *x.stride(), *w.stride(), 0 if e is None else e.stride(0), operands.scale,
         operands.softcap or 0.0,
         BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, BLOCK_Q=tile.block_q,
-        GROUP_N=tile.group_n, TMA=launch.tma, TMA_STORE=tma_store, UNIT=tile.unit, STORE=e is not None,
-        STATS=stats, HAS_BIAS=operands.bias is not None, HAS_SOFTCAP=capped, HAS_TAIL=tailed,
+        GROUP_N=tile.group_n, TMA=launch.tma, UNIT=tile.unit, STORE=e is not None, HAS_LOST=lost is not None,
+        E_DTYPE=TRITON_DTYPES[torch.float32 if e is None else e.dtype],
+        STATS=stats, HAS_SOFTCAP=capped, HAS_TAIL=tailed,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
-    return part
+    return part, lost

@@ -32,7 +32,6 @@ BLOCK = 4096
 @triton.jit(do_not_specialize=["V", "N", "vocab_start", "vocab_total", "ignore_index"])
 def _logits_max_kernel(
     z_ptr,  # [N, V] float32
-    bias_ptr,  # [V]
     target_ptr,  # [N] int64
     zy_ptr,  # [N] out, zero before
     slope_ptr,  # [N] out, one before
@@ -46,7 +45,6 @@ def _logits_max_kernel(
     ignore_index,
     softcap,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     pid_v = tl.program_id(1)
@@ -58,7 +56,7 @@ def _logits_max_kernel(
     offs_v = pid_v * BLOCK + tl.arange(0, BLOCK)
     inside = (offs_v < V)[None, :]
     z = tl.load(z_ptr + row[:, None] * stride_zn + offs_v[None, :], mask=inside, other=0.0)
-    a, slope = logit_tile(z, bias_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+    a, slope = logit_tile(z, softcap, HAS_SOFTCAP)
     tl.store(part_ptr + pid_v.to(tl.int64) * N + row, tl.max(tl.where(inside, a, float("-inf")), 1))
     hit = offs_v[None, :] == col[:, None]
     here = (col >= pid_v * BLOCK) & (col < min(V, pid_v * BLOCK + BLOCK))
@@ -72,11 +70,11 @@ def _logits_max_kernel(
 def _logits_exp_kernel(
     z_ptr,  # [N, V] float32
     e_ptr,  # [N, V] out; may be z itself
-    bias_ptr,  # [V]
     k_ptr,  # [N]
     zy_ptr,  # [N]
     col_ptr,  # [N] int32
     part_ptr,  # [1, 4 or 5, cdiv(V, BLOCK), N] out
+    lost_ptr,  # [cdiv(V, BLOCK), N] out, or None
     N,
     V,
     start,
@@ -88,7 +86,7 @@ def _logits_exp_kernel(
     SUMS: tl.constexpr,
     STATS: tl.constexpr,
     STORE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_LOST: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     pid_v = tl.program_id(1)
@@ -99,11 +97,15 @@ def _logits_exp_kernel(
     offs_v = pid_v * BLOCK + tl.arange(0, BLOCK)
     inside = (offs_v < V)[None, :]
     z = tl.load(z_ptr + row[:, None] * stride_zn + offs_v[None, :], mask=inside, other=0.0)
-    a, slope = logit_tile(z, bias_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+    a, slope = logit_tile(z, softcap, HAS_SOFTCAP)
     p = exp_tile(a, k, col, offs_v, V, scale * LOG2E)
     if STORE:
-        e_ptrs = e_ptr + row[:, None] * stride_en + offs_v[None, :]
-        tl.store(e_ptrs, (p * slope).to(e_ptr.dtype.element_ty), mask=inside)
+        out = p * slope
+        rounded = out.to(e_ptr.dtype.element_ty)
+        tl.store(e_ptr + row[:, None] * stride_en + offs_v[None, :], rounded, mask=inside)
+        if HAS_LOST:
+            lost = tl.sum(out - rounded.to(tl.float32), 1)
+            tl.store(lost_ptr + pid_v.to(tl.int64) * N + row, lost)
     if SUMS:
         offsets = pid_v.to(tl.int64) * N + row
         tl.store(part_ptr + offsets, tl.sum(p, 1))
@@ -115,18 +117,8 @@ def _logits_exp_kernel(
             )
 
 
-def _flags(bias: Tensor | None, softcap: float | None) -> dict[str, bool | int]:
-    return dict(
-        HAS_BIAS=bias is not None,
-        HAS_SOFTCAP=softcap is not None,
-        num_warps=8,
-        enable_fp_fusion=False,
-    )
-
-
 def logits_max(
     z: Tensor,  # [n, V] float32
-    bias: Tensor | None,
     softcap: float | None,
     target: Tensor,
     *,
@@ -142,15 +134,15 @@ def logits_max(
     blocks = triton.cdiv(vocab, BLOCK)
     part = z.new_empty(1, blocks, n)
     _logits_max_kernel[(n, blocks)](
-        z, bias, target, zy, slope, col, part, n, vocab, z.stride(0), vocab_start, vocab_total,
-        ignore_index, softcap or 0.0, BLOCK=BLOCK, **_flags(bias, softcap),
+        z, target, zy, slope, col, part, n, vocab, z.stride(0), vocab_start, vocab_total,
+        ignore_index, softcap or 0.0, BLOCK=BLOCK, HAS_SOFTCAP=softcap is not None,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return TargetLogits(zy, slope, k, col), part
 
 
 def logits_exp(
     z: Tensor,  # [n, V] float32
-    bias: Tensor | None,
     softcap: float | None,
     scale: float,
     rows: TargetLogits,
@@ -159,11 +151,17 @@ def logits_exp(
     part: Tensor | None,  # [1, 4 or 5, blocks, n] out
     stats: bool = False,
     start: int = 0,
-) -> None:
-    """E of the non-target columns, and its partial sums."""
+) -> Tensor | None:
+    """E of the non-target columns and its partial sums; ``[blocks, n]`` of what rounding took."""
     n, vocab = z.shape
+    lost = None
+    if e is not None and e.dtype != torch.float32:
+        lost = z.new_empty(triton.cdiv(vocab, BLOCK), n)
     _logits_exp_kernel[(n, triton.cdiv(vocab, BLOCK))](
-        z, e, bias, rows.k, rows.zy, rows.col, part, n, vocab, start, z.stride(0),
+        z, e, rows.k, rows.zy, rows.col, part, lost, n, vocab, start, z.stride(0),
         0 if e is None else e.stride(0), scale, softcap or 0.0, BLOCK=BLOCK,
-        SUMS=part is not None, STATS=stats, STORE=e is not None, **_flags(bias, softcap),
+        SUMS=part is not None, STATS=stats, STORE=e is not None, HAS_LOST=lost is not None,
+        HAS_SOFTCAP=softcap is not None,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
+    return lost

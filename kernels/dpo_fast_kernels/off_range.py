@@ -59,13 +59,13 @@ def _off_range_kernel(
     tail_x_ptr,  # [N, Q]
     tail_w_ptr,  # [V, Q]
     e_ptr,  # [N, V] out
-    bias_ptr,  # [V]
     k_ptr,  # [N]
     zy_ptr,  # [N]; written by MAXIMUM
     col_ptr,  # [N] int32
     rows_ptr,  # [N] int32
     count_ptr,  # [1] int32
     part_ptr,  # [1 or 5, cdiv(V, BLOCK_V), N] out
+    lost_ptr,  # [cdiv(V, BLOCK_V), N] out, or None
     N,
     V,
     H,
@@ -83,8 +83,8 @@ def _off_range_kernel(
     BLOCK_Q: tl.constexpr,
     MAXIMUM: tl.constexpr,
     STORE: tl.constexpr,
+    HAS_LOST: tl.constexpr,
     STATS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
@@ -108,7 +108,7 @@ def _off_range_kernel(
             acc = _rows_product(
                 tail_x_ptr, tail_w_ptr, row, offs_v, mask_i, V, Q, Q, 1, Q, 1, acc, BLOCK_Q
             )
-        a, slope = logit_tile(acc, bias_ptr, offs_v, V, softcap, HAS_BIAS, HAS_SOFTCAP)
+        a, slope = logit_tile(acc, softcap, HAS_SOFTCAP)
         col = tl.load(col_ptr + row, mask=mask_i, other=-2)
         offsets = pid_v.to(tl.int64) * N + offs_i
         if MAXIMUM:
@@ -128,9 +128,13 @@ def _off_range_kernel(
                     HAS_SOFTCAP,
                 )  # fmt: skip
             if STORE:
+                out = p * slope
+                rounded = out.to(e_ptr.dtype.element_ty)
                 e_ptrs = e_ptr + row.to(tl.int64)[:, None] * stride_en + offs_v[None, :]
-                inside = mask_i[:, None] & (offs_v < V)[None, :]
-                tl.store(e_ptrs, (p * slope).to(e_ptr.dtype.element_ty), mask=inside)
+                tl.store(e_ptrs, rounded, mask=mask_i[:, None] & (offs_v < V)[None, :])
+                if HAS_LOST:
+                    lost = tl.sum(out - rounded.to(tl.float32), 1)
+                    tl.store(lost_ptr + offsets, lost, mask=mask_i)
 
 
 def off_range(
@@ -143,19 +147,19 @@ def off_range(
     *,
     maximum: bool,
     e: Tensor | None,  # [N, V] out
+    lost: Tensor | None,  # [tiles, N] out, by position
     stats: bool,
 ) -> None:
     """One pass over the rows ``index[:count]``; writes ``part``, and ``rows.zy`` or ``e``."""
     x, w, tile = operands.x, operands.w, launch.tile
     _off_range_kernel[(launch.programs,)](
-        x, w, operands.tail_x, operands.tail_w, e, operands.bias, rows.k, rows.zy, rows.col,
-        index, count, part, x.shape[0], w.shape[0], x.shape[1],
+        x, w, operands.tail_x, operands.tail_w, e, rows.k, rows.zy, rows.col,
+        index, count, part, lost, x.shape[0], w.shape[0], x.shape[1],
         0 if operands.tail_x is None else operands.tail_x.shape[1],
         *x.stride(), *w.stride(), 0 if e is None else e.stride(0), operands.scale,
         operands.softcap or 0.0,
         BLOCK_N=OFF_RANGE_BLOCK_N, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
-        BLOCK_Q=tile.block_q, MAXIMUM=maximum, STORE=e is not None, STATS=stats,
-        HAS_BIAS=operands.bias is not None, HAS_SOFTCAP=operands.softcap is not None,
+        BLOCK_Q=tile.block_q, MAXIMUM=maximum, STORE=e is not None, HAS_LOST=lost is not None, STATS=stats, HAS_SOFTCAP=operands.softcap is not None,
         HAS_TAIL=operands.tail_x is not None,
         num_warps=max(4, tile.block_v // 32), num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What the kernels multiply, and how a problem is launched.
 
 Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter, Q columns of
-the low-rank tail (r padded to 16, once or more; see ``low_rank_tail``).
+the low-rank tail (see ``low_rank_tail``).
 """
 
 from functools import cache
@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels.products import product
-from dpo_fast_kernels.tiles import Tile, choose_tile, tile_class
+from dpo_fast_kernels.tiles import Tile, choose_tile, tile_class, variant_of
 
 PROGRAMS_INTERPRETED = 3  # enough to run every persistent loop more than once
 
 
 class Operands(NamedTuple):
-    """``z = scale * cap(x w^T + tail_x tail_w^T + bias)``."""
+    """``z = scale * cap(x w^T + tail_x tail_w^T)``; the tail holds the adapter and the bias."""
 
     x: Tensor  # [N, H]
     w: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
     tail_x: Tensor | None  # [N, Q]
     tail_w: Tensor | None  # [V, Q]
     softcap: float | None
@@ -36,7 +35,6 @@ class Operands(NamedTuple):
         """Some of the vocabulary, as views."""
         return self._replace(
             w=self.w[start:stop],
-            bias=None if self.bias is None else self.bias[start:stop],
             tail_w=None if self.tail_w is None else self.tail_w[start:stop],
         )
 
@@ -70,8 +68,8 @@ def plan_launch(operands: Operands, stats: bool) -> Launch:
     else:
         capability = None
         tma = aligned(x) and aligned(operands.w)
-    heavy = stats or operands.softcap is not None
-    tile = choose_tile(tile_class(capability, tma), heavy, x.shape[1])
+    variant = variant_of(operands.softcap is not None, stats)
+    tile = choose_tile(tile_class(capability, tma), variant, x.shape[1])
     return Launch(tile, tma, num_programs(x))
 
 
@@ -87,23 +85,41 @@ def aligned(matrix: Tensor) -> bool:
 
 
 def low_rank_tail(
-    x: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(tail_x [N, Q], tail_w [V, Q], s x a^T [N, r] float32)`` with tail_x tail_w^T = s x a^T b^T.
+    x: Tensor,  # [N, H]
+    dtype: torch.dtype,
+    lora: tuple[Tensor, Tensor, float] | None,  # a [r, H], b [V, r], scale
+    bias: Tensor | None,  # [V]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(tail_x [N, Q], tail_w [V, Q], low [N, r])``: adapter and bias as further columns of x and w.
 
-    16-bit operands would round ``s x a^T`` to 8 bits, visible in the log-probs: it is split into
-    two parts (and b, if it is wider than ``dtype``, too), which the matrix units multiply exactly.
+    ``tail_x tail_w^T = s x a^T b^T + bias`` and ``low = s x a^T`` in float32. 16-bit operands would
+    round low to 8 bits, visible in the log-probs: it is split into two parts (and b, if it is wider
+    than ``dtype``, too), which the matrix units multiply exactly; the bias is split into three,
+    beside ones.
     """
-    low = product(x, a.T) * scale
-    if dtype == torch.float32:
-        lefts, rights = [low], [b.float()]
-    else:
-        high, b_high = low.to(dtype), b.to(dtype)
-        lefts, rights = [high, (low - high.float()).to(dtype)], [b_high, b_high]
-        if b.dtype != dtype:
-            lefts.append(high)
-            rights.append((b.float() - b_high.float()).to(dtype))
+    lefts, rights, low = [], [], None
+    if lora is not None:
+        a, b, scale = lora
+        low = product(x, a.T) * scale
+        high, *rest = _parts(low, dtype, 2)
+        b_parts = _parts(b.float(), dtype, 1 if b.dtype == dtype else 2)
+        lefts = [high, *rest] + [high] * (len(b_parts) - 1)
+        rights = [b_parts[0]] * (1 + len(rest)) + b_parts[1:]
+    if bias is not None:
+        columns = _parts(bias.float(), dtype, 3)
+        lefts.append(torch.ones(x.shape[0], len(columns), dtype=dtype, device=x.device))
+        rights.append(torch.stack(columns, 1))
     return _concatenate(lefts), _concatenate(rights), low
+
+
+def _parts(values: Tensor, dtype: torch.dtype, count: int) -> list[Tensor]:
+    """Float32 ``values`` as a sum of ``count`` tensors of ``dtype``; one if that is float32."""
+    parts = []
+    for _ in range(1 if dtype == torch.float32 else count):
+        part = values.to(dtype)
+        parts.append(part)
+        values = torch.where(torch.isfinite(part), values - part.float(), 0.0)
+    return parts
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
@@ -123,7 +139,7 @@ def make_operands(
     scale: float,
 ) -> tuple[Operands, Tensor | None]:
     """Operands and, with an adapter, ``s x a^T`` in float32."""
-    if lora is None:
-        return Operands(x, w, bias, None, None, softcap, scale), None
-    tail_x, tail_w, low = low_rank_tail(x, *lora, w.dtype)
-    return Operands(x, w, bias, tail_x, tail_w, softcap, scale), low
+    if lora is None and bias is None:
+        return Operands(x, w, None, None, softcap, scale), None
+    tail_x, tail_w, low = low_rank_tail(x, w.dtype, lora, bias)
+    return Operands(x, w, tail_x, tail_w, softcap, scale), low

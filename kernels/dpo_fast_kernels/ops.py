@@ -25,6 +25,7 @@ from dpo_fast_kernels.problem import (
     Wanted,
     make_problem,
     padded,
+    stored_problem,
 )
 from dpo_fast_kernels.rows import RowState
 from dpo_fast_kernels.scoring import Scored, Vocabulary
@@ -80,9 +81,7 @@ def run_forward(
 ) -> Flat:
     """Log-probs, statistics, and what :func:`run_backward` needs."""
     lora = _lora(lora_a, lora_b, lora_scale)
-    problem = make_problem(
-        hidden, weight, bias, lora, softcap, scale, stats=stats, engine=engine
-    )
+    problem = make_problem(hidden, weight, bias, lora, softcap, scale, stats=stats, engine=engine)
     held = forward(
         problem,
         target,
@@ -133,9 +132,16 @@ def run_backward(
     dlogps: Tensor,  # [N]
     into: Gradients | None = None,
 ) -> Gradients:
-    """Gradients for ``dlogps``; see :func:`dpo_fast_kernels.head.backward` for ``into``."""
-    lora = _lora(lora_a, lora_b, lora_scale)
-    problem = make_problem(hidden, weight, bias, lora, softcap, scale, engine=engine)
+    """Gradients for ``dlogps``; see :func:`dpo_fast_kernels.head.backward` for ``into``.
+
+    The values of weight and bias are read only if E was not stored though the head's gradients are
+    asked for.
+    """
+    lora, want = _lora(lora_a, lora_b, lora_scale), Wanted(*wanted)
+    if want.head and saved.e.dim() != 2:
+        problem = make_problem(hidden, weight, bias, lora, softcap, scale, engine=engine)
+    else:
+        problem = stored_problem(hidden, weight, lora, scale, low=want.lora_b, engine=engine)
     s, fix, delta, zy, slope, k = saved.state.unbind(0)
     vocab = weight.shape[0]
     scored = Scored(
@@ -147,7 +153,7 @@ def run_backward(
         saved.g if saved.g.dim() == 2 else None,
         saved.eb if saved.eb.dim() == 2 else None,
     )
-    return backward(problem, held, dlogps.contiguous(), Wanted(*wanted), into)
+    return backward(problem, held, dlogps.contiguous(), want, into)
 
 
 @torch.library.custom_op("dpo_fast_kernels::linear_logprob_fwd", mutates_args=())
@@ -223,7 +229,9 @@ def _(
         hidden.new_empty(4, n, dtype=f32) if stats else none(),
         e,
         hidden.new_empty(n, width, dtype=f32) if want.hidden and held else none(),
-        hidden.new_empty(n, lora_a.shape[0], dtype=f32) if has_eb and lora_a is not None else none(),
+        hidden.new_empty(n, lora_a.shape[0], dtype=f32)
+        if has_eb and lora_a is not None
+        else none(),
     )
 
 

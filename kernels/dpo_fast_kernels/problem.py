@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dpo_fast_kernels.engine import Engine, choose_engine
 from dpo_fast_kernels.operands import Operands, make_operands
+from dpo_fast_kernels.products import product
 from dpo_fast_kernels.scoring import Scored
 
 Lora = tuple[Tensor, Tensor, float]  # a [r, H], b [V, r], scale
@@ -104,3 +105,23 @@ def make_problem(
     """Operands of a call and the engine for them (``choose_engine``)."""
     operands, low = make_operands(hidden, weight, bias, lora, softcap, scale)
     return Problem(operands, low, lora, choose_engine(engine, operands, stats, e_dtype))
+
+
+def stored_problem(
+    hidden: Tensor,
+    weight: Tensor,  # [V, H]: only its shape and dtype are used
+    lora: Lora | None,
+    scale: float,
+    *,
+    low: bool,
+    engine: str | None = None,
+) -> Problem:
+    """The problem of a backward that computes nothing again: it reads neither weight nor bias.
+
+    ``low``: s x a^T is needed (for dB).
+    """
+    operands = Operands(hidden, weight, None, None, None, scale)
+    found = None
+    if low and lora is not None:
+        found = product(hidden, lora[0].T) * lora[2]
+    return Problem(operands, found, lora, choose_engine(engine, operands, False))

@@ -5,7 +5,14 @@ CPU (interpreted kernels), and for float32, this is an ordinary float32 product.
 """
 
 import torch
+import triton.language as tl
 from torch import Tensor
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 def _native(a: Tensor, b: Tensor) -> bool:

@@ -43,6 +43,7 @@ def recomputed(
     eb = None
     if problem.low is not None and wanted.rows:
         eb = torch.zeros_like(problem.low)
+    lost = torch.zeros_like(scored.state.delta)
     out = _outputs(problem, wanted, into, scaled.dtype)
     buffer = new_e(min(n, SLAB_ROWS), min(vocab, SLAB_COLUMNS), problem.engine.e_dtype, x, None)
     for start in range(0, vocab, SLAB_COLUMNS):
@@ -52,13 +53,15 @@ def recomputed(
         for first in range(0, n, SLAB_ROWS):
             rows = slice(first, min(n, first + SLAB_ROWS))
             e = buffer[: rows.stop - first, : stop - start]
-            problem.engine.again(
+            taken = problem.engine.again(
                 slab.rows(first, rows.stop),
                 TargetLogits(*(t[rows] for t in scored.rows)),
                 start,
                 e,
                 RowState(*(None if t is None else t[..., rows] for t in scored.state)),  # type: ignore[arg-type]
             )
+            if taken is not None:
+                lost[rows] += taken
             if g is not None:
                 add_product(g[rows], e, slab.w)
             if eb is not None and lora is not None:
@@ -70,16 +73,15 @@ def recomputed(
             if out.bias is not None:
                 column_sum(e, scaled.v[rows], out.bias[start:stop])
         _round_slab(out, into, sums, start, stop, scaled)
-    give_back(problem, scored, g, eb)
+    state = scored.state._replace(delta=scored.state.delta + lost)
+    give_back(problem, scored._replace(state=state), g, eb)
     if g is not None:
         v = scaled.v.unsqueeze(1)
         out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(x.dtype))
     return out, eb
 
 
-def _outputs(
-    problem: Problem, wanted: Wanted, into: Gradients, dtype: torch.dtype
-) -> Gradients:
+def _outputs(problem: Problem, wanted: Wanted, into: Gradients, dtype: torch.dtype) -> Gradients:
     """Where the head's gradients go: what is given, else new tensors."""
     w, lora = problem.operands.w, problem.lora
     weight, bias, lora_b = into.weight, into.bias, into.lora_b

@@ -2,7 +2,8 @@
 
     S = R + e,  e = exp(zy - k)            logp = -log1p(R / e)   (e = 0: zy - k - log S)
     E[row, y] = -R * slope                 the target fix: one store a row, rounded once
-    delta = -R * slope - float(E[row, y])  what that rounding lost; dX gets it back in float32
+    delta = what rounding took from all entries of the row: dX gets it back in float32, at W[y].
+            Without it a common mean of the weight's rows would not cancel.
 
 A row is off range if S > exp(60), S is not finite or e = 0: finish_rows flags it and sets it again
 after off_range.py recomputed R with k = max. Rows are compacted on the device, so no host sync.
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels.device import IGNORED, INVALID, LN2, LOG2E, SQUARE_SCALE, log1p
+from dpo_fast_kernels.products import TRITON_DTYPES
 from dpo_fast_kernels.target_logit import TargetLogits
 
 S_LIMIT = tl.constexpr(1.1420073898156842e26)  # exp(60)
@@ -68,6 +70,7 @@ def _reduce_tiles_kernel(
 @triton.jit(do_not_specialize=["N", "V"])
 def _finish_rows_kernel(
     sums_ptr,  # [C, N]: R, and with STATS sum E d, sum E^2, columns that beat the target
+    lost_ptr,  # [N] what rounding took from the other entries of E, or None
     zy_ptr,  # [N]
     k_ptr,  # [N]
     slope_ptr,  # [N]
@@ -89,6 +92,7 @@ def _finish_rows_kernel(
     E_DTYPE: tl.constexpr,
     STATS: tl.constexpr,
     STORE: tl.constexpr,
+    HAS_LOST: tl.constexpr,
     FROM_K: tl.constexpr,  # sum E d was measured from k, not from zy
     INDIRECT: tl.constexpr,
 ):
@@ -118,7 +122,10 @@ def _finish_rows_kernel(
         fix = tl.where(col > IGNORED, -rest * slope, 0.0)
         rounded = fix.to(E_DTYPE)
         owned = (col >= 0) & (col < V)
-        delta = tl.where(owned, fix - rounded.to(tl.float32), 0.0)
+        delta = fix - rounded.to(tl.float32)
+        if HAS_LOST:
+            delta += tl.load(lost_ptr + row, mask=mask, other=0.0)
+        delta = tl.where(col > IGNORED, delta, 0.0)
         tl.store(logp_ptr + row, logp, mask=mask)
         tl.store(s_ptr + row, s_out, mask=mask)
         tl.store(fix_ptr + row, fix, mask=mask)
@@ -159,20 +166,13 @@ def _compact_kernel(flag_ptr, rows_ptr, count_ptr, N, BLOCK: tl.constexpr):
     tl.store(count_ptr, count)
 
 
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
 class RowState(NamedTuple):
     """Per-row results, each ``[N]`` float32 (stats ``[3, N]``), and the rows' kinds and offsets."""
 
     logps: Tensor
     s: Tensor  # S: v = -c * scale / s
     fix: Tensor  # the target's entry of E, unrounded
-    delta: Tensor  # fix minus its rounding
+    delta: Tensor  # what rounding took from the stored row
     stats: Tensor | None  # entropy, log sum p^2, is_top1
 
 
@@ -208,6 +208,7 @@ def finish_rows(
     out: RowState,
     flag: Tensor,  # [N] int32 out; not written with index
     *,
+    lost: Tensor | None,  # [N]
     e: Tensor | None,  # [N, V]: its target entries are set
     vocab: int,
     e_dtype: torch.dtype,
@@ -223,10 +224,10 @@ def finish_rows(
         return
     blocks = triton.cdiv(n, 128)
     _finish_rows_kernel[(min(blocks, programs) if index is not None else blocks,)](
-        sums, rows.zy, rows.k, rows.slope, rows.col, index, count, out.logps, out.s, out.fix,
+        sums, lost, rows.zy, rows.k, rows.slope, rows.col, index, count, out.logps, out.s, out.fix,
         out.delta, flag, out.stats, e, n, vocab, 0 if e is None else e.stride(0), scale,
         BLOCK=128, E_DTYPE=TRITON_DTYPES[e_dtype], STATS=out.stats is not None,
-        STORE=e is not None, FROM_K=from_k, INDIRECT=index is not None, num_warps=4, enable_fp_fusion=False,
+        STORE=e is not None, HAS_LOST=lost is not None, FROM_K=from_k, INDIRECT=index is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

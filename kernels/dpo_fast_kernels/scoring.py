@@ -8,6 +8,7 @@ every process makes the same calls.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -106,53 +107,87 @@ def _score_block(
     if reduce is not None:
         reduce(rows.zy, "sum")
         rows = rows._replace(k=rows.zy + OFFSET / operands.scale)
-    part = exp_gemm(operands, launch, rows, e=e, stats=stats)
-    sums = part.new_empty(part.shape[0], n)
-    reduce_tiles(part, sums, programs=launch.programs)
-    if reduce is not None:
-        reduce(sums, "sum")
+    part, lost_part = exp_gemm(operands, launch, rows, e=e, stats=stats)
+    sums, lost = _reduced(part, lost_part, reduce, launch.programs)
     state = new_row_state(n, stats, target.device)
     flag = torch.empty(n, dtype=torch.int32, device=target.device)
-    finish = dict(e=e, vocab=vocab, e_dtype=e_dtype, scale=operands.scale, programs=launch.programs)
-    finish_rows(sums, rows, state, flag, **finish)  # type: ignore[arg-type]
-    index, count = compact(flag)
+    finish = partial(
+        finish_rows,
+        e=e,
+        vocab=vocab,
+        e_dtype=e_dtype,
+        scale=operands.scale,
+        programs=launch.programs,
+    )
+    finish(sums, rows, state, flag, lost=lost)
+    again = _Again(flag, *compact(flag), reduce)
     tiles = -(-vocab // launch.tile.block_v)
     part = part.view(-1)[: part.shape[0] * tiles * n].view(-1, tiles, n)  # used again, by tile
-    redo = (index, count, part)
-    rows, sums = _redo_sums(operands, launch, rows, sums, flag, redo, e, stats, reduce)
-    finish_rows(sums, rows, state, flag, index=index, count=count, from_k=True, **finish)  # type: ignore[arg-type]
+    rows = _true_maximum(operands, launch, rows, again, part)
+    off_range(
+        operands, launch, rows, again.rows, again.number, part, maximum=False, e=e,
+        lost=lost_part, stats=stats,
+    )  # fmt: skip
+    sums = again.reduced(part, sums, launch.programs)
+    if lost is not None and lost_part is not None:
+        lost = again.reduced(lost_part.unsqueeze(0), lost.unsqueeze(0), launch.programs)[0]
+    finish(sums, rows, state, flag, lost=lost, index=again.rows, count=again.number, from_k=True)
     return Scored(rows, state, sums[4] if stats and operands.softcap is not None else None)
 
 
-def _redo_sums(
-    operands: Operands,
-    launch: Launch,
-    rows: TargetLogits,
-    sums: Tensor,
-    flag: Tensor,
-    redo: tuple[Tensor, Tensor, Tensor],
-    e: Tensor | None,
-    stats: bool,
-    reduce: Reduce | None,
-) -> tuple[TargetLogits, Tensor]:
-    """Offsets and sums of the off-range rows, with k = max; the other rows' stay as they are."""
-    index, count, part = redo
-    position = dict(index=index, count=count, programs=launch.programs)
-    first = rows if reduce is None else rows._replace(zy=torch.zeros_like(rows.zy))
-    off_range(operands, launch, first, index, count, part, maximum=True, e=None, stats=False)
-    top = rows.k if reduce is None else torch.full_like(rows.k, -torch.inf)
-    reduce_tiles(part[:1], top.unsqueeze(0), maximum=True, **position)  # type: ignore[arg-type]
+def _reduced(
+    part: Tensor, lost_part: Tensor | None, reduce: Reduce | None, programs: int
+) -> tuple[Tensor, Tensor | None]:
+    """Sums over tiles and processes: ``[C, N]`` and ``[N]``."""
+    sums = part.new_empty(part.shape[0], part.shape[2])
+    reduce_tiles(part, sums, programs=programs)
+    lost = None
+    if lost_part is not None:
+        lost = part.new_empty(part.shape[2])
+        reduce_tiles(lost_part.unsqueeze(0), lost.unsqueeze(0), programs=programs)
     if reduce is not None:
-        reduce(first.zy, "sum")
-        reduce(top, "max")
-        again = flag != 0
-        rows = rows._replace(
-            zy=torch.where(again, first.zy, rows.zy), k=torch.where(again, top, rows.k)
-        )
-    off_range(operands, launch, rows, index, count, part, maximum=False, e=e, stats=stats)
-    fresh = sums if reduce is None else torch.zeros_like(sums)
-    reduce_tiles(part, fresh, **position)  # type: ignore[arg-type]
+        reduce(sums, "sum")
+        if lost is not None:
+            reduce(lost, "sum")
+    return sums, lost
+
+
+class _Again(NamedTuple):
+    """The off-range rows of a block."""
+
+    flag: Tensor  # [N] int32
+    rows: Tensor  # [N] int32
+    number: Tensor  # [1] int32
+    reduce: Reduce | None
+
+    def reduced(self, part: Tensor, old: Tensor, programs: int) -> Tensor:
+        """``old`` [C, N] with the off-range rows' sums over ``part`` [C, tiles, positions]."""
+        fresh = old if self.reduce is None else torch.zeros_like(old)
+        reduce_tiles(part, fresh, index=self.rows, count=self.number, programs=programs)
+        if self.reduce is None:
+            return fresh
+        self.reduce(fresh, "sum")
+        return torch.where(self.flag != 0, fresh, old)
+
+
+def _true_maximum(
+    operands: Operands, launch: Launch, rows: TargetLogits, again: _Again, part: Tensor
+) -> TargetLogits:
+    """Off-range rows get k = max, and their target's logit from the kernel that redoes them."""
+    index, count, reduce = again.rows, again.number, again.reduce
+    first, top = rows, rows.k
     if reduce is not None:
-        reduce(fresh, "sum")
-        fresh = torch.where(flag != 0, fresh, sums)
-    return rows, fresh
+        first = rows._replace(zy=torch.zeros_like(rows.zy))
+        top = torch.full_like(rows.k, -torch.inf)
+    off_range(
+        operands, launch, first, index, count, part, maximum=True, e=None, lost=None, stats=False
+    )
+    reduce_tiles(
+        part[:1], top.unsqueeze(0), maximum=True, index=index, count=count, programs=launch.programs
+    )
+    if reduce is None:
+        return rows
+    reduce(first.zy, "sum")
+    reduce(top, "max")
+    off = again.flag != 0
+    return rows._replace(zy=torch.where(off, first.zy, rows.zy), k=torch.where(off, top, rows.k))

@@ -31,7 +31,6 @@ def _target_logit_kernel(
     w_ptr,  # [V, H]
     tail_x_ptr,  # [N, Q]
     tail_w_ptr,  # [V, Q]
-    bias_ptr,  # [V]
     target_ptr,  # [N] int64
     zy_ptr,  # [N] out
     slope_ptr,  # [N] out: derivative of the softcap
@@ -53,7 +52,6 @@ def _target_logit_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TAIL: tl.constexpr,
 ):
@@ -92,8 +90,6 @@ def _target_logit_kernel(
 
     lane = tl.arange(0, BLOCK)
     zy = tl.sum(tl.where(lane[:, None] == lane[None, :], acc, 0.0), 1)
-    if HAS_BIAS:
-        zy += tl.load(bias_ptr + column, mask=owned, other=0.0).to(tl.float32)
     slope = tl.full((BLOCK,), 1.0, tl.float32)
     if HAS_SOFTCAP:
         zy, slope = softcapped(zy, softcap)
@@ -130,11 +126,10 @@ def target_logits(
     q = 0 if operands.tail_x is None else operands.tail_x.shape[1]
     if n:
         _target_logit_kernel[(triton.cdiv(n, BLOCK),)](
-            x, w, operands.tail_x, operands.tail_w, operands.bias, target, zy, slope, k, col,
+            x, w, operands.tail_x, operands.tail_w, target, zy, slope, k, col,
             n, w.shape[0], hidden, q, *x.stride(), *w.stride(), vocab_start, vocab_total,
             ignore_index, operands.softcap or 0.0, OFFSET / operands.scale,
-            BLOCK_H=launch.tile.block_h, BLOCK_Q=launch.tile.block_q, BLOCK=BLOCK,
-            HAS_BIAS=operands.bias is not None, HAS_SOFTCAP=operands.softcap is not None,
+            BLOCK_H=launch.tile.block_h, BLOCK_Q=launch.tile.block_q, BLOCK=BLOCK, HAS_SOFTCAP=operands.softcap is not None,
             HAS_TAIL=operands.tail_x is not None,
             num_warps=4, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip

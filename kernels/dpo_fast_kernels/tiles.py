@@ -25,19 +25,26 @@ class Tile(NamedTuple):
     unit: int = 128  # columns of a partial sum: one for all tiles, so that their sums agree in bits
 
 
-# (tile class, variant, H at least) -> Tile. Variants: "plain", "heavy" (softcap or statistics).
-# The first row whose H bound holds is taken.
+# (tile class, variant) -> (H at least, Tile) in ascending order; the last row whose bound holds is
+# taken. Variants: "plain", "softcap", "stats" (statistics, with or without a softcap).
 TABLE: dict[tuple[str, str], tuple[tuple[int, Tile], ...]] = {
     ("sm_90", "plain"): ((0, Tile(128, 256, 64, 64, 8, 8, 3)),),
-    ("sm_90", "heavy"): ((0, Tile(128, 128, 64, 64, 8, 8, 4)),),
+    ("sm_90", "softcap"): ((0, Tile(128, 128, 64, 64, 8, 8, 4)),),
+    ("sm_90", "stats"): ((0, Tile(128, 128, 64, 64, 8, 8, 4)),),
     # pointer loads instead of TMA: rows or strides that are not 16-byte aligned
     ("sm_90-pointer", "plain"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_90-pointer", "heavy"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
+    ("sm_90-pointer", "softcap"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
+    ("sm_90-pointer", "stats"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
     ("sm_80", "plain"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_80", "heavy"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
+    ("sm_80", "softcap"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
+    ("sm_80", "stats"): ((0, Tile(64, 128, 64, 32, 8, 8, 3)),),
 }
 
-INTERPRETER = {"plain": Tile(16, 32, 16, 16, 2, 4, 2, 16), "heavy": Tile(16, 16, 16, 16, 2, 4, 2, 16)}
+INTERPRETER = {
+    "plain": Tile(16, 32, 16, 16, 2, 4, 2, 16),
+    "softcap": Tile(16, 32, 16, 16, 2, 4, 2, 16),
+    "stats": Tile(16, 16, 16, 16, 2, 4, 2, 16),
+}
 
 # Rows of an off-range block; it shares block_v with the main tile (they share the partial sums).
 OFF_RANGE_BLOCK_N = 16
@@ -57,15 +64,14 @@ def tile_class(capability: tuple[int, int] | None, tma: bool) -> str:
     return "sm_80"
 
 
-def choose_tile(name: str, heavy: bool, hidden_size: int) -> Tile:
+def variant_of(softcap: bool, stats: bool) -> str:
+    """The table's name of a set of features."""
+    return "stats" if stats else "softcap" if softcap else "plain"
+
+
+def choose_tile(name: str, variant: str, hidden_size: int) -> Tile:
     """The shipped tile of a class, variant and hidden size."""
-    variant = "heavy" if heavy else "plain"
     if name == "interpreter":
         return INTERPRETER[variant]
     rows = TABLE[name, variant]
     return [tile for least, tile in rows if hidden_size >= least][-1]
-
-
-def store_by_tma(softcap: bool, stats: bool) -> bool:
-    """Whether a TMA kernel also stores E by TMA: the softcap alone spills 24 B that way."""
-    return stats or not softcap

@@ -97,5 +97,3 @@ def naive(case: Case, *, stats: bool = False, upstream: Tensor | None = None) ->
 
 def gold(case: Case, **kwargs) -> Result:
     return naive(case.to(torch.float64), **kwargs)
-
-

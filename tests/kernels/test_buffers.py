@@ -56,9 +56,7 @@ def test_nothing_is_written_outside_e(engine, width):
     )
     whole = torch.full((19 + 64, padded(67)), 7.0)  # sentinels in the padding and below
     e = whole[:19, :67]
-    problem.engine.score(
-        problem.operands, case.target, e=e, stats=False, vocabulary=Vocabulary()
-    )
+    problem.engine.score(problem.operands, case.target, e=e, stats=False, vocabulary=Vocabulary())
     assert (whole[19:] == 7.0).all() and (whole[:19, 67:] == 7.0).all()
     assert not (e == 7.0).any()
 
@@ -93,17 +91,15 @@ def test_sums_do_not_depend_on_the_tile():
     from dpo_fast_kernels.target_logit import target_logits
 
     case = small_case("plain", rows=32)
-    operands, _ = make_operands(
-        case.hidden.detach(), case.weight.detach(), None, None, None, 1.0
-    )
+    operands, _ = make_operands(case.hidden.detach(), case.weight.detach(), None, None, None, 1.0)
     plain, heavy = plan_launch(operands, False), plan_launch(operands, True)
     assert plain.tile.block_v > heavy.tile.block_v and plain.tile.unit == heavy.tile.unit
     options = dict(ignore_index=-100, vocab_start=0, vocab_total=67)
     rows = target_logits(operands, plain, case.target, **options)
-    a = module.exp_gemm(operands, plain, rows, e=None, stats=False)
-    b = module.exp_gemm(operands, heavy, rows, e=None, stats=True)
+    a, _ = module.exp_gemm(operands, plain, rows, e=None, stats=False)
+    b, _ = module.exp_gemm(operands, heavy, rows, e=None, stats=True)
     assert a.shape[1:] == b.shape[1:]
-    torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=0)
 
 
 def test_rows_of_common_mean_weights_need_the_rounding_given_back():

@@ -84,7 +84,11 @@ def test_no_rows(engine, mode):
 @pytest.mark.parametrize("engine", ["triton", "cublas"])
 def test_statistics(engine, head):
     case = small_case(head)
-    ours, eager, right = run(case, engine, stats=True), naive(case, stats=True), gold(case, stats=True)
+    ours, eager, right = (
+        run(case, engine, stats=True),
+        naive(case, stats=True),
+        gold(case, stats=True),
+    )
     assert_three_way(ours.logps, eager.logps, right.logps, torch.float32, "logps")
     for name, values in ours.stats.items():
         if name == "is_top1":
@@ -159,9 +163,15 @@ def test_low_rank_tail_is_exact_in_sixteen_bits():
     x = torch.randn(40, 32, generator=g).bfloat16()
     a = torch.randn(5, 32, generator=g)
     for b in (torch.randn(50, 5, generator=g), torch.randn(50, 5, generator=g).bfloat16()):
-        tail_x, tail_w, low = low_rank_tail(x, a, b, 0.5, torch.bfloat16)
-        right = 0.5 * (x.double() @ a.double().T) @ b.double().T
+        bias = torch.randn(50, generator=g)
+        tail_x, tail_w, low = low_rank_tail(x, torch.bfloat16, (a, b, 0.5), bias)
+        product = 0.5 * (x.double() @ a.double().T) @ b.double().T
+        right = product + bias.double()
         found = tail_x.double() @ tail_w.double().T
         assert tail_x.dtype == tail_w.dtype == torch.bfloat16 and tail_x.shape[1] % 16 == 0
         assert relative_error(found, right) < 2e-5
-        assert relative_error(low.bfloat16().double() @ b.double().T, right) > 1e-3  # unsplit
+        assert relative_error(low.bfloat16().double() @ b.double().T, product) > 1e-3  # unsplit
+    bias[3] = -torch.inf
+    tail_x, tail_w, _ = low_rank_tail(x, torch.bfloat16, None, bias)
+    found = tail_x.double() @ tail_w.double().T
+    torch.testing.assert_close(found, bias.double().expand(40, 50), rtol=1e-7, atol=0)

@@ -35,6 +35,7 @@ REMOVED_FIELDS = {
 REFERENCES = ("auto", "frozen", "adapter", "precomputed", "ema")
 REF_KEEP = ("auto", "path", "cpu", "none")
 EMA_ROUNDING = ("auto", "nearest", "stochastic", "shadow")
+BATCH_LAYOUTS = ("auto", "padded", "packed", "shared_prefix")
 TOKEN_STATS = ("log_steps", "every", "never")
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
@@ -96,9 +97,7 @@ class DPOConfig(TrainingArguments):
         1024, "Longest prompt + answer in tokens; None: no truncation."
     )
     truncation_mode: str = _option("keep_start", "keep_start or keep_end: the end that survives.")
-    padding_free: bool = _option(
-        False, "Not available yet: warns, and batches are padded, as in TRL."
-    )
+    padding_free: bool = _option(False, "TRL's name for batch_layout=packed.")
     pad_to_multiple_of: int | str | None = _option(
         "auto", "Round the padded length up to a multiple; auto: none."
     )
@@ -157,6 +156,15 @@ class DPOConfig(TrainingArguments):
         "TR-DPO in bf16: stochastic (unbiased), shadow (fp32 copy) or nearest (loses small steps); "
         "auto: stochastic.",
     )
+    batch_layout: str = _option(
+        "auto",
+        "auto, padded, packed or shared_prefix; auto says what it chose and why.",
+    )
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "Cut the pairs of an optimizer step into micro-batches of so many tokens; None: of "
+        "per_device_train_batch_size pairs.",
+    )
     token_stats: str = _option(
         "log_steps",
         "When entropy, logits and token accuracy are computed: log_steps, every, never.",
@@ -188,6 +196,7 @@ class DPOConfig(TrainingArguments):
             ValueError: with the value, the rule and the remedy.
         """
         _one_of("reference", self.reference, REFERENCES)
+        _one_of("batch_layout", self.batch_layout, BATCH_LAYOUTS)
         _one_of("ref_keep", self.ref_keep, REF_KEEP)
         _one_of("ref_ema_rounding", self.ref_ema_rounding, EMA_ROUNDING)
         _one_of("token_stats", self.token_stats, TOKEN_STATS)
@@ -207,6 +216,11 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"ref_model_sync_steps={self.ref_model_sync_steps} must be at least 1."
             )
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ValueError(
+                f"max_tokens_per_batch={self.max_tokens_per_batch} must be a positive number of "
+                "tokens, or None for micro-batches of per_device_train_batch_size pairs."
+            )
         if self.lm_head_workspace is not None and self.lm_head_workspace < 1:
             raise ValueError(f"lm_head_workspace={self.lm_head_workspace} bytes must be positive.")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
@@ -222,8 +236,12 @@ class DPOConfig(TrainingArguments):
 
     def _resolve_padding(self) -> None:
         if self.padding_free:
-            logger.warning("padding_free=True is not available yet: batches are padded.")
-            self.padding_free = False
+            if self.batch_layout not in ("auto", "packed"):
+                raise ValueError(
+                    f"padding_free=True means batch_layout='packed', and batch_layout="
+                    f"{self.batch_layout!r} was asked for, too: drop one."
+                )
+            self.batch_layout = "packed"
         if isinstance(self.pad_to_multiple_of, str):
             text = self.pad_to_multiple_of
             if text != "auto" and not text.isdigit():

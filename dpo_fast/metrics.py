@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.functional import FusedDPOOutput
 
 PAIR_METRICS = (
@@ -30,7 +31,7 @@ _FIELDS = (
     "pairs",
     *PAIR_METRICS,
     "aux_loss",
-    "num_tokens",
+    *COUNT_KEYS,
     "nonfinite",
     "token_pairs",  # pairs of the micro-batch if it has token statistics, else 0
     "chosen_tokens",
@@ -55,7 +56,7 @@ class MicroBatchSums(NamedTuple):
 def micro_batch_sums(
     output: FusedDPOOutput,
     seq_lens: Sequence[int],
-    num_tokens: Tensor,
+    token_counts: Sequence[int],
     aux_loss: Tensor | None = None,
 ) -> MicroBatchSums:
     """Sums and counts of one micro-batch, float64 (float32 where the device has no float64). No
@@ -64,7 +65,7 @@ def micro_batch_sums(
     Args:
         output: what :func:`dpo_fast.functional.fused_linear_dpo` returned.
         seq_lens: scored tokens of the S sequences, host numbers.
-        num_tokens: scalar, tokens fed to the model by TRL's definition (the prompt in both rows).
+        token_counts: host numbers in the order of :data:`dpo_fast.batch.COUNT_KEYS`.
         aux_loss: load balancing loss of the micro-batch, scalar.
     """
     num_pairs = len(seq_lens) // 2
@@ -81,10 +82,12 @@ def micro_batch_sums(
         "rewards/margins": (chosen - rejected).sum(),
         "logps/chosen": chosen_logps.sum(),
         "logps/rejected": rejected_logps.sum(),
-        "num_tokens": num_tokens,
         "nonfinite": (~torch.isfinite(output.loss.detach())).sum(),
     }
-    host: dict[str, float] = {"pairs": num_pairs}
+    host: dict[str, float] = {
+        "pairs": num_pairs,
+        **dict(zip(COUNT_KEYS, token_counts, strict=True)),
+    }
     if aux_loss is not None:
         values["aux_loss"] = aux_loss.detach() * num_pairs
     stats = output.token_stats
@@ -102,13 +105,15 @@ def micro_batch_sums(
 
 
 class Counts(NamedTuple):
-    """Since the last log, over all ranks: pairs, fed tokens, micro-batches with a loss that was not
-    finite.
+    """Since the last log, over all ranks: pairs, tokens by TRL's definition, micro-batches with a
+    loss that was not finite, positions of padded rows, tokens that the policy computed.
     """
 
     pairs: int
     tokens: int
     nonfinite: int
+    padded: int
+    executed: int
 
 
 class MetricBuffer:
@@ -146,6 +151,8 @@ class MetricBuffer:
             pairs=int(total[_INDEX["pairs"]]),
             tokens=int(total[_INDEX["num_tokens"]]),
             nonfinite=int(total[_INDEX["nonfinite"]]),
+            padded=int(total[_INDEX["padded_tokens"]]),
+            executed=int(total[_INDEX["executed_tokens"]]),
         )
         if mode == "train":
             self.total_tokens += counts.tokens

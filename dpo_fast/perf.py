@@ -47,16 +47,25 @@ class PerfMeter:
         self._start, self._paused = time.perf_counter(), 0.0
 
     def lap(self, counts: Counts) -> dict[str, float]:
-        """``perf/*`` since the last lap (``counts`` over all ranks)."""
+        """``perf/*`` since the last lap (``counts`` over all ranks).
+
+        ``tokens_per_sec`` counts tokens by TRL's definition, what padded rows would have attended
+        to; ``executed_tokens_per_sec`` and ``mfu`` those that were computed. ``padding_saved`` and
+        ``prefix_saved``: the share of padded rows' positions that was padding and was not computed,
+        and of the tokens that were a second copy and were computed once.
+        """
         seconds = max(time.perf_counter() - self._start - self._paused, 1e-9)
         self.restart()
         out = {
             "perf/tokens_per_sec": counts.tokens / seconds,
+            "perf/executed_tokens_per_sec": counts.executed / seconds,
+            "perf/padding_saved": 1.0 - max(counts.executed, counts.tokens) / max(counts.padded, 1),
+            "perf/prefix_saved": 1.0 - min(counts.executed, counts.tokens) / max(counts.tokens, 1),
             "perf/pairs_per_sec": counts.pairs / seconds,
             "perf/peak_mem_gib": peak_memory_bytes() / 2**30,
         }
         if self.peak_flops is not None:
-            out["perf/mfu"] = counts.tokens * self.flops_per_token / seconds / self.peak_flops
+            out["perf/mfu"] = counts.executed * self.flops_per_token / seconds / self.peak_flops
         return out
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import TokenPlan
+from dpo_fast.batch import SEGMENTS_KEY, TokenPlan
 from dpo_fast.functional import linear_logprobs, sequence_logprobs
+from dpo_fast.layouts import segment_attention_in
 from dpo_fast.models import Head, forward_scored, head_of, install_scoring
 from dpo_fast.reference.inference import inference_pass
 from dpo_fast.reference.protocol import Batch
@@ -104,7 +105,12 @@ class ScoredReference:
         return head
 
     def _run(self, batch: Batch, score: Any) -> Any:
-        with inference_pass(self.model, self.scoring.autocast_dtype), self.as_reference():
+        packed = self.model if SEGMENTS_KEY in batch else None
+        with (
+            inference_pass(self.model, self.scoring.autocast_dtype),
+            self.as_reference(),
+            segment_attention_in(packed),
+        ):
             return forward_scored(self.model, batch, score).value
 
     def on_step_end(self, step: int) -> None:

@@ -10,16 +10,16 @@ import transformers
 from torch import Tensor, nn
 
 from dpo_fast.backends import choose as choose_backend
-from dpo_fast.batch import PlannedCollator
+from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import DPOConfig, refuse_removed
-from dpo_fast.data.collate import DataCollatorForPreference
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
 from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
 from dpo_fast.trainer.datasets import DatasetsMixin
+from dpo_fast.trainer.layouts import LayoutsMixin
 from dpo_fast.trainer.logs import LogsMixin
 from dpo_fast.trainer.objective import BatchCounts, Objective
 
@@ -54,7 +54,7 @@ REMOVED_ARGUMENTS = {
 }
 
 
-class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer):
+class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer):
     """Direct Preference Optimization (arXiv 2305.18290) with the arguments of TRL's ``DPOTrainer``.
 
     Args:
@@ -64,7 +64,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
             means: ``args.reference``).
         args: a :class:`DPOConfig`, a ``trl.DPOConfig``, or None for the defaults.
         data_collator: rows to ``input_ids``, ``attention_mask``, ``completion_mask`` ``[2P, T]``;
-            None: :class:`DataCollatorForPreference`.
+            None: what ``args.batch_layout`` asks for.
         train_dataset: pairs in any of TRL's text formats, or tokenised.
         eval_dataset: the same, or a dict of them.
         processing_class: the tokenizer; None: the one saved with the model.
@@ -127,7 +127,6 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         super().__init__(
             model=parts.policy,
             args=args,
-            data_collator=PlannedCollator(data_collator or _collator(args, parts.tokenizer)),
             train_dataset=self.prepare(train_dataset, "train"),
             eval_dataset=self.prepare_eval(eval_dataset),
             processing_class=parts.tokenizer,
@@ -146,6 +145,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         self.objective = Objective(args, self.loss, self.router_aux_loss_coef)
         self.model.add_model_tags(list(self._tag_names))
         self.init_logs()
+        self.init_layout(data_collator, parts.ref_model)
         self.start_reference(plan, parts.ref_model)
 
     # -- one step ----------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         output = self.objective(
             model, inputs, self.reference, num_items_in_batch, token_stats=self.wants_token_stats()
         )
-        self.record(output, inputs["attention_mask"].sum())
+        self.record(output, [inputs[key] for key in COUNT_KEYS])
         # DDP and its kin average gradients over the ranks; the share is already of the global sum.
         loss = output.loss
         if num_items_in_batch is not None:
@@ -170,8 +170,8 @@ class Trainer(DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer
         return (loss, output) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One micro-batch, with activations in host memory where ``activation_offloading`` asks for
-        it.
+        """As the layouts have it, with activations in host memory where ``activation_offloading``
+        asks for it.
         """
         with self._activation_offload_context():
             return super().training_step(*args, **kwargs)
@@ -274,12 +274,3 @@ def _refuse_unknown(arguments: dict[str, Any]) -> None:
 def _short_name(model: Any) -> str:
     name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     return name.rstrip("/").split("/")[-1] or "model"
-
-
-def _collator(args: DPOConfig, tokenizer: Any) -> DataCollatorForPreference:
-    return DataCollatorForPreference(
-        pad_token_id=tokenizer.pad_token_id,
-        max_length=args.max_length,
-        truncation_mode=args.truncation_mode,
-        pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
-    )

@@ -95,7 +95,7 @@ class DatasetsMixin:
             self.args,
             policy=self.model,
             ref_model=ref_model,
-            collator=self.data_collator,
+            collator=self.batch_collator,  # type: ignore[attr-defined]
             train_dataset=self.train_dataset,
             log=self.is_world_process_zero(),  # type: ignore[attr-defined]
         )

@@ -1,5 +1,6 @@
 """The trainer's metrics and its log lines: TRL's keys, perf/*, one host sync a log step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,10 +38,10 @@ class LogsMixin:
             return mode != "never"
         return is_log_step(self.args, self.state, self.state.global_step + 1)
 
-    def record(self, output: ObjectiveOutput, num_tokens: Tensor) -> None:
-        """Keep one micro-batch's sums on the device."""
+    def record(self, output: ObjectiveOutput, token_counts: Sequence[int]) -> None:
+        """Keep one micro-batch's sums on the device; ``token_counts`` as in ``COUNT_KEYS``."""
         mode = "train" if self.model.training else "eval"
-        sums = micro_batch_sums(output.fused, output.plan.seq_lens, num_tokens, output.aux_loss)
+        sums = micro_batch_sums(output.fused, output.plan.seq_lens, token_counts, output.aux_loss)
         self._metrics.add(mode, sums, has_aux=output.aux_loss is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

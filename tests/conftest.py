@@ -24,6 +24,10 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
+if not os.path.exists("/dev/nvidiactl"):
+    # Triton reads it when a kernel is defined: for the whole process, or tests would depend on the
+    # order in which their modules are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     _cache = tempfile.mkdtemp(prefix="dpo-fast-tests-")
     os.environ["HF_DATASETS_CACHE"] = _cache

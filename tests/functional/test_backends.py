@@ -23,7 +23,9 @@ def test_auto_logs_choice_and_reason_once(caplog):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_triton_by_name_raises_with_the_reason():
+def test_triton_by_name_raises_with_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # where kernels may run on the CPU
+    backends.choose.cache_clear()
     case = make_case(3)
     with pytest.raises(ValueError, match=r"backend='triton' cannot run.*'cpu'.*backend='auto'"):
         linear_logprobs(case.hidden, case.weight, case.target, backend="triton")

@@ -22,7 +22,12 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build(strategy: str, folder: str, callbacks: list[TrainerCallback] | None = None) -> Any:
+def build(
+    strategy: str,
+    folder: str,
+    callbacks: list[TrainerCallback] | None = None,
+    ref_model: Any = None,
+) -> Any:
     """A trainer of seven steps (crossing an epoch) that saves every second one; equal calls, equal
     trainers.
     """
@@ -44,7 +49,7 @@ def build(strategy: str, folder: str, callbacks: list[TrainerCallback] | None = 
     )
     return dpo_fast.Trainer(
         tiny_model("llama"),
-        arguments.get("ref_model"),
+        ref_model or arguments.get("ref_model"),
         dpo_fast.DPOConfig(**config),
         train_dataset=rows(),
         processing_class=tiny_tokenizer(),

@@ -99,7 +99,8 @@ def build(variant: str, shape: ModelShape) -> tuple[Any, nn.Module]:
     else:
         import dpo_fast
 
-        config, trainer_class = dpo_fast.DPOConfig(**common, logging_steps=1000), dpo_fast.Trainer
+        config = dpo_fast.DPOConfig(**common, logging_steps=1000, batch_layout="padded")
+        trainer_class = dpo_fast.Trainer
     trainer = trainer_class(
         policy, ref, args=config, train_dataset=text_rows(), processing_class=tokenizer()
     )

@@ -99,8 +99,7 @@ EMA_AVX2_INLINE Blend prepare(const EmaBlend& b) {
 
 EMA_AVX2_INLINE __m256 blend_value(__m256 r, __m256 p, const Blend& b) {
   const __m256 base = _mm256_blendv_ps(r, p, b.from_policy), other = _mm256_blendv_ps(p, r, b.from_policy);
-  __m256 product = _mm256_mul_ps(b.weight, _mm256_sub_ps(base, other));
-  asm("" : "+x"(product));  // no contraction into an FMA
+  const __m256 product = _mm256_mul_ps(b.weight, _mm256_sub_ps(base, other));
   return _mm256_blendv_ps(_mm256_sub_ps(base, product), p, b.copy);
 }
 

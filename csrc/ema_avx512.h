@@ -95,8 +95,7 @@ EMA_AVX512_INLINE Blend prepare(const EmaBlend& b) {
 
 EMA_AVX512_INLINE __m512 blend_value(__m512 r, __m512 p, const Blend& b) {
   const __m512 base = _mm512_mask_mov_ps(r, b.from_policy, p), other = _mm512_mask_mov_ps(p, b.from_policy, r);
-  __m512 product = _mm512_mul_ps(b.weight, _mm512_sub_ps(base, other));
-  asm("" : "+v"(product));  // no contraction into an FMA
+  const __m512 product = _mm512_mul_ps(b.weight, _mm512_sub_ps(base, other));
   return _mm512_mask_mov_ps(_mm512_sub_ps(base, product), b.copy, p);
 }
 

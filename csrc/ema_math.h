@@ -1,7 +1,7 @@
 // Arithmetic of one element of the EMA: the same bits on the CPU (every instruction set) and in CUDA.
 //
-// Each operation is rounded on its own (no fused multiply-add), because the torch and Triton paths must give the same
-// bits. ema_element is the rule; the vectorised loops take its short form (blend_value, narrow_finite) for elements
+// Each operation is rounded on its own (no fused multiply-add: the build sets -ffp-contract=off), because the torch and
+// Triton paths must give the same bits. ema_element is the rule; the vectorised loops take its short form (blend_value, narrow_finite) for elements
 // whose value is finite in the reference's type, and ema_element for the rare rest.
 #pragma once
 
@@ -41,22 +41,13 @@ DPO_FAST_HD float float_of(uint32_t bits) {
 #endif
 }
 
-// base - weight * (base - other). The empty asm keeps compilers from contracting it into an FMA.
+// base - weight * (base - other).
 DPO_FAST_HD float blend_value(float r, float p, const EmaBlend& blend) {
   const float base = blend.from_policy ? p : r, other = blend.from_policy ? r : p;
 #if defined(__CUDA_ARCH__)
   const float value = __fsub_rn(base, __fmul_rn(blend.weight, __fsub_rn(base, other)));
 #else
-  float product = blend.weight * (base - other);
-#if defined(__GNUC__) && defined(__x86_64__)
-  asm("" : "+x"(product));
-#elif defined(__GNUC__) && defined(__aarch64__)
-  asm("" : "+w"(product));
-#else
-  volatile float kept = product;
-  product = kept;
-#endif
-  const float value = base - product;
+  const float value = base - blend.weight * (base - other);
 #endif
   return blend.copy ? p : value;
 }

@@ -3,6 +3,7 @@
 Legend: N scored tokens, H hidden, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,11 @@ class TritonBackend:
     ) -> HeadForward:
         a, b, lora_scale = (None, None, 0.0) if head.lora is None else head.lora
         scalars = (lora_scale, head.softcap, head.scale)
-        args: tuple[Any, ...] = (hidden, head.weight, target, head.bias, a, b, *scalars)
+        args: Any = (hidden, head.weight, target, head.bias, a, b, *scalars)
         # Every row is scored here, so no target means "ignored".
         args += (-(2**31), list(needs), bool(outputs), store, self.engine)
-        if buffer is None:
-            flat = Flat(*linear_logprob_fwd(*args))
-        else:
-            flat = run_forward(*args, buffer=buffer)
+        plain: Any = partial(run_forward, buffer=buffer)
+        flat = Flat(*(linear_logprob_fwd if buffer is None else plain)(*args))
         found: dict[str, Any] = {name: flat.stats[_PLANES[name]] for name in outputs}
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"] != 0
@@ -80,12 +79,13 @@ class TritonBackend:
         hidden, weight, bias, a, b, state, col, e, g, eb = saved.tensors
         assert hidden is not None and weight is not None and state is not None
         assert col is not None and e is not None and g is not None and eb is not None
-        args: tuple[Any, ...] = (hidden, weight, bias, a, b, *scalars, list(needs), self.engine)
+        args: Any = (hidden, weight, bias, a, b, *scalars, list(needs), self.engine)
         if into is None:
             grads = linear_logprob_bwd(*args, state[0], state, col, e, g, eb, dlogps)
             return HeadGrads(*(t if asked else None for t, asked in zip(grads, needs, strict=True)))
         kept = Flat(state[0], state, col, state, e, g, eb)
-        return HeadGrads(*run_backward(*args, saved=kept, dlogps=dlogps, into=Gradients(*into)))
+        plain: Any = partial(run_backward, saved=kept, dlogps=dlogps, into=Gradients(*into))
+        return HeadGrads(*plain(*args))
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:

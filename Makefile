@@ -1,11 +1,12 @@
-# `make demo` and `make test` are all that a fresh machine needs: both create .venv and install what they use.
+# `make demo` and `make test` are all that a fresh machine needs: both create .venv and install
+# what they use.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
-CODE := dpo_fast kernels benchmarks tests examples setup.py
+CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 
 .PHONY: demo test check check-triton36 test-gpu bench bench-gpu clean

@@ -143,7 +143,7 @@ def test_what_a_drop_in_is_read_for() -> None:
 
 
 def test_user_collator_with_labels() -> None:
-    plain = ours(config={"max_steps": 2})
+    plain = ours(config={"max_steps": 2, "batch_layout": "padded"})
     inner = plain.trainer.data_collator.collator
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -109,25 +109,35 @@ def series_of(log_history: Iterable[Log], key: str) -> list[Series]:
     """
     found: dict[str, Series] = {}
     for log in log_history:
-        for name, value in log.items():
-            owner = _owner(name, key)
-            step = log.get("step")
-            if owner is None or step is None or not isinstance(value, int | float):
-                continue
-            if math.isfinite(value):
-                series = found.setdefault(owner, Series(owner, [], []))
-                series.steps.append(float(step))
-                series.values.append(float(value))
+        prefix, value, step = eval_prefix(log), value_of(log, key), log.get("step")
+        if value is None or step is None or not math.isfinite(value):
+            continue
+        owner = "train" if prefix is None else prefix.rstrip("_")
+        series = found.setdefault(owner, Series(owner, [], []))
+        series.steps.append(float(step))
+        series.values.append(float(value))
     return sorted(found.values(), key=lambda series: (series.name != "train", series.name))
 
 
-def _owner(name: str, key: str) -> str | None:
-    """``"train"``, ``"eval"`` or ``"eval_<set>"`` if ``name`` is ``key`` of that set."""
-    if name == key:
-        return "train"
-    if name.startswith("eval_") and name.endswith("_" + key):
-        return name.removesuffix("_" + key)
+def eval_prefix(log: Log) -> str | None:
+    """``"eval_"``, ``"eval_<set>_"`` or another prefix if the log is of an evaluation, else None.
+
+    Told by the runtime, which transformers logs under the set's own prefix.
+    """
+    for name in log:
+        if name.endswith("_runtime") and name != "train_runtime":
+            return name.removesuffix("runtime")
     return None
+
+
+def value_of(log: Log, key: str) -> float | None:
+    """The number called ``key``, of the training or of the log's evaluation; None without one.
+
+    The pair metrics of every evaluation set are called ``eval_...``, as in TRL.
+    """
+    prefix = eval_prefix(log)
+    value = log.get(key) if prefix is None else log.get(prefix + key, log.get(f"eval_{key}"))
+    return value if isinstance(value, int | float) else None
 
 
 def _draw(axes: "Axes", curves: Sequence[Series], name: str, level: float | None) -> None:

@@ -15,20 +15,22 @@ from transformers import (
     TrainingArguments,
 )
 
+from dpo_fast.curves import eval_prefix, value_of
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-# Column -> the trainer's key, how it is called, and its format.
-TRAIN_FIELDS = {
+# The trainer's key -> how it is called, and its format.
+FIELDS = {
     "loss": ("loss", ".4f"),
     "rewards/margins": ("margin", "+.3f"),
     "rewards/accuracies": ("accuracy", ".3f"),
     "perf/pairs_per_sec": ("pairs/s", ".3g"),
     "learning_rate": ("lr", ".2e"),
 }
-EVAL_FIELDS = {key: TRAIN_FIELDS[key] for key in list(TRAIN_FIELDS)[:3]}
-_LIVE_FIELDS, _NARROW_FIELDS = tuple(TRAIN_FIELDS)[:4], tuple(TRAIN_FIELDS)[:3]
+_LIVE_FIELDS, _NARROW_FIELDS = tuple(FIELDS)[:4], tuple(FIELDS)[:3]
+_EVAL_FIELDS = _NARROW_FIELDS
 NARROW = 104  # columns of a terminal; below it, less is shown
 
 
@@ -104,8 +106,8 @@ class TrainingProgress(TrainerCallback):
             return
         is_train = "loss" in logs and "train_runtime" not in logs
         if self._bar is not None and is_train:
-            only = _NARROW_FIELDS if self._is_narrow() else _LIVE_FIELDS
-            shown = "  ".join(format_fields(logs, TRAIN_FIELDS, only=only))
+            keys = _NARROW_FIELDS if self._is_narrow() else _LIVE_FIELDS
+            shown = "  ".join(format_fields(logs, keys))
             self._bar.update(self._tasks["train"], shown=shown)
             return
         line = describe_log(logs, state.global_step, state.max_steps)
@@ -224,38 +226,25 @@ def describe_log(logs: dict[str, Any], step: int, max_steps: int) -> str:
     if logs.get("epoch") is not None:
         parts.append(f"epoch {logs['epoch']:.2f}")
     if "train_runtime" in logs:
-        seconds = logs["train_runtime"]
-        summary = [f"done in {clock(seconds)}"]
+        parts.append(f"done in {clock(logs['train_runtime'])}")
         if "train_loss" in logs:
-            summary.append(f"mean loss {logs['train_loss']:.4f}")
-        return " | ".join([*parts, *summary])
+            parts.append(f"mean loss {logs['train_loss']:.4f}")
+        return " | ".join(parts)
     prefix = eval_prefix(logs)
     if prefix is not None:
-        plain = {key.removeprefix(prefix): value for key, value in logs.items()}
-        return " | ".join([*parts, prefix.rstrip("_"), *format_fields(plain, EVAL_FIELDS)])
-    fields = format_fields(logs, TRAIN_FIELDS)
+        return " | ".join([*parts, prefix.rstrip("_"), *format_fields(logs, _EVAL_FIELDS)])
+    fields = format_fields(logs, tuple(FIELDS))
     return " | ".join([*parts, *fields]) if fields else ""
 
 
-def format_fields(
-    logs: dict[str, Any],
-    fields: dict[str, tuple[str, str]],
-    only: tuple[str, ...] | None = None,
-) -> list[str]:
+def format_fields(logs: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     """``["loss 0.6931", ...]`` for the keys that are there."""
+    values = {key: value_of(logs, key) for key in keys}
     return [
-        f"{name} {logs[key]:{spec}}"
-        for key, (name, spec) in fields.items()
-        if isinstance(logs.get(key), int | float) and (only is None or key in only)
+        f"{FIELDS[key][0]} {value:{FIELDS[key][1]}}"
+        for key, value in values.items()
+        if value is not None
     ]
-
-
-def eval_prefix(logs: dict[str, Any]) -> str | None:
-    """``"eval_"`` or ``"eval_<name>_"`` if the log is of an evaluation, else None."""
-    for key in logs:
-        if key.startswith("eval") and key.endswith("_loss"):
-            return key.removesuffix("loss")
-    return None
 
 
 def clock(seconds: float) -> str:

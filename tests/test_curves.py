@@ -21,8 +21,15 @@ from dpo_fast.curves import (
 HISTORY: list[dict[str, Any]] = [
     {"loss": 0.69, "rewards/margins": 0.0, "rewards/accuracies": 0.5, "step": 1},
     {"loss": 0.5, "rewards/margins": 0.4, "rewards/accuracies": 0.75, "step": 2},
-    {"eval_loss": 0.6, "eval_rewards/margins": 0.2, "eval_rewards/accuracies": 0.6, "step": 2},
-    {"eval_hard_loss": 0.65, "eval_hard_rewards/margins": 0.1, "step": 2},
+    {
+        "eval_aux_loss": 9.0,
+        "eval_loss": 0.6,
+        "eval_rewards/margins": 0.2,
+        "eval_rewards/accuracies": 0.6,
+        "eval_runtime": 1.0,
+        "step": 2,
+    },
+    {"eval_hard_loss": 0.65, "eval_rewards/margins": 0.1, "eval_hard_runtime": 1.0, "step": 2},
     {"train_runtime": 3.0, "train_loss": 0.6, "step": 2},
 ]
 
@@ -49,6 +56,8 @@ def test_series() -> None:
         ("eval_hard", [2.0], [0.65]),
     ]
     assert [s.name for s in series_of(HISTORY, "rewards/accuracies")] == ["train", "eval"]
+    margins = {s.name: s.values for s in series_of(HISTORY, "rewards/margins")}
+    assert margins == {"train": [0.0, 0.4], "eval": [0.2], "eval_hard": [0.1]}
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path, history: list[dict[str, Any]]) -> Any:

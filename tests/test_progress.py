@@ -20,7 +20,13 @@ LOG = {
     "perf/pairs_per_sec": 86.94,
     "epoch": 0.5,
 }
-EVAL = {"eval_loss": 0.5, "eval_rewards/margins": -0.25, "eval_rewards/accuracies": 0.625}
+EVAL = {
+    "eval_aux_loss": 9.0,
+    "eval_loss": 0.5,
+    "eval_rewards/margins": -0.25,
+    "eval_rewards/accuracies": 0.625,
+    "eval_runtime": 1.0,
+}
 SUMMARY = {"train_runtime": 65.4, "train_loss": 0.4, "epoch": 3.0}
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 
@@ -134,7 +140,7 @@ def test_resumed_run_starts_where_it_stood(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_named_evaluation_and_empty_logs() -> None:
-    logs = {"eval_hard_loss": 0.25, "eval_hard_rewards/accuracies": 1.0}
+    logs = {"eval_hard_loss": 0.25, "eval_hard_runtime": 1.0, "eval_rewards/accuracies": 1.0}
     assert describe_log(logs, 1, 2) == "step 1/2 | eval_hard | loss 0.2500 | accuracy 1.000"
     assert describe_log({"something": 1.0}, 1, 2) == ""
 

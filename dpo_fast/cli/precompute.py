@@ -28,7 +28,8 @@ def run(words: list[str]) -> int:
     from dpo_fast.cli.parser import parse
 
     with tempfile.TemporaryDirectory(prefix="dpo-fast-") as scratch:
-        arguments = parse("dpo-fast precompute", DESCRIPTION, words, output_dir=scratch)
+        nowhere = {"output_dir": scratch, "push_to_hub": False}
+        arguments = parse("dpo-fast precompute", DESCRIPTION, words, **nowhere)
         check_reference(arguments)
         arguments.training.reference = "precomputed"
         trainer = build_trainer(arguments, counting_trainer())

@@ -1,6 +1,7 @@
 """`dpo-fast train`: preference pairs in, a trained model, its metrics and curves out."""
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.cli.logs import show_logs
@@ -33,6 +34,9 @@ def run(words: list[str]) -> int:
         trainer.add_callback(CurvesCallback())
     try:
         trainer.train(resume_from_checkpoint=resume)
+    except (KeyboardInterrupt, FloatingPointError):
+        draw_so_far(trainer)
+        raise
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TrainingProgress):
@@ -43,6 +47,15 @@ def run(words: list[str]) -> int:
     if hasattr(trainer, "end"):  # transformers 5.18: finishes trackers and process group
         trainer.end()
     return 0
+
+
+def draw_so_far(trainer: "Trainer") -> None:
+    """The curves of a run that was stopped, or whose loss is no number any more."""
+    from dpo_fast.curves import write_curves
+
+    folder = Path(str(trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        write_curves(folder, trainer.state.log_history, title=f"{folder.name} (not finished)")
 
 
 def save(trainer: "Trainer") -> None:

@@ -139,3 +139,49 @@ def test_other_ranks_are_silent(
     shown = capsys.readouterr()
     assert "step " not in shown.out and "reference=" not in shown.err
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (FloatingPointError("NaN"), 1)]
+)
+def test_stopped_run_keeps_metrics_and_curves(
+    error: BaseException,
+    code: int,
+    material: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dpo_fast.trainer import Trainer
+
+    step = Trainer.training_step
+
+    def stopping(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 2:
+            raise error
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", stopping)
+    monkeypatch.setattr("dpo_fast.cli.errors._is_ours", lambda trace: True)
+    assert main(["train", *base_words(material, tmp_path)]) == code
+    assert "Traceback" not in capsys.readouterr().err
+    assert [log["step"] for log in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert (tmp_path / "curves.png").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_file_formats(material: Path, tmp_path: Path) -> None:
+    """A csv, and a folder of parquet files with a split of its own to evaluate on."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list(read_lines(material / "train.jsonl"))
+    rows.to_csv(tmp_path / "pairs.csv")
+    for split in ("train", "test"):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "parts" / f"{split}-0.parquet")
+    by_csv = base_words(material, tmp_path / "a", dataset_name=tmp_path / "pairs.csv")
+    assert main(["train", *by_csv]) == 0
+    parts = {"dataset_name": tmp_path / "parts", "eval_strategy": "steps", "eval_steps": 3}
+    assert main(["train", *base_words(material, tmp_path / "b", **parts)]) == 0
+    assert any("eval_loss" in log for log in read_lines(tmp_path / "b" / "metrics.jsonl"))
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))

@@ -15,8 +15,22 @@ _LAZY = {
     "DPOConfig": "dpo_fast.config",
     "DataCollatorForPreference": "dpo_fast.data.collate",
     "FusedLinearDPOLoss": "dpo_fast.functional.liger_compat",
+    "patch": "dpo_fast.integrations.patching",
+    "unpatch": "dpo_fast.integrations.patching",
+    "patch_model": "dpo_fast.integrations.causal_lm",
+    "unpatch_model": "dpo_fast.integrations.causal_lm",
 }
-_SUBMODULES = ("batch", "backends", "data", "functional", "losses", "models", "naive", "reference")
+_SUBMODULES = (
+    "batch",
+    "backends",
+    "data",
+    "functional",
+    "integrations",
+    "losses",
+    "models",
+    "naive",
+    "reference",
+)
 
 __all__ = [
     "DPOConfig",
@@ -24,12 +38,18 @@ __all__ = [
     "FusedLinearDPOLoss",
     "Trainer",
     "__version__",
+    "patch",
+    "patch_model",
+    "unpatch",
+    "unpatch_model",
 ]
 
 if TYPE_CHECKING:
     from dpo_fast.config import DPOConfig
     from dpo_fast.data.collate import DataCollatorForPreference
     from dpo_fast.functional.liger_compat import FusedLinearDPOLoss
+    from dpo_fast.integrations.causal_lm import patch_model, unpatch_model
+    from dpo_fast.integrations.patching import patch, unpatch
     from dpo_fast.trainer import Trainer
 
 

@@ -13,6 +13,7 @@ import dpo_fast
 from dpo_fast.integrations import InterfaceChanged
 from dpo_fast.integrations.trl import FORWARD, NAME, FusedLogProbs
 
+utils = pytest.importorskip("trl.trainer.utils")
 ORIGINAL = getattr(utils, NAME)
 
 
@@ -161,8 +162,6 @@ def test_trl_that_is_not_installed() -> None:
 import sys
 sys.modules["trl"] = None
 import dpo_fast
-
-utils = pytest.importorskip("trl.trainer.utils")
 try:
     dpo_fast.patch("trl")
 except ImportError as error:

@@ -108,7 +108,7 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
                 "policy: omit ref_model, "
                 "and a copy is kept for you."
             )
-        probe_writable(args.output_dir or ".", "output folder")
+        probe_writable(args.output_dir or ".", "output")
         parts = setup.build_parts(
             model, ref_model, args, processing_class, quantization_config, peft_config
         )

@@ -49,11 +49,14 @@ class DatasetsMixin:
                 f"{type(dataset).__name__}: "
                 "datasets.Dataset.from_list(rows) makes one from a list of dicts."
             )
-        if isinstance(dataset, IterableDataset):
-            accelerator_config: Any = args.accelerator_config
-            if accelerator_config.dispatch_batches:
-                logger.warning("dispatch_batches=True is set to False: train_dataset is a stream.")
-            accelerator_config.dispatch_batches = False
+        # Batches that rank 0 reads and cuts up for the others would be cut by the row, plan and all;
+        # also a stream that comes later, to be evaluated on.
+        accelerator_config: Any = args.accelerator_config
+        if accelerator_config.dispatch_batches:
+            logger.warning(
+                "dispatch_batches=True is set to False: batches are made of whole pairs."
+            )
+        accelerator_config.dispatch_batches = False
 
     def configure_data(self, args: DPOConfig, tokenizer: Any, vocab_size: int) -> None:
         """Remember what preparation needs; ``self.args`` does not exist before the base class is

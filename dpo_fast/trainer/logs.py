@@ -68,11 +68,9 @@ class LogsMixin:
             return  # fp16's loss scaler skips such steps by itself
         raise FloatingPointError(
             f"The loss of {count} micro-batch(es) since the last log (before step "
-            f"{self.state.global_step}) was NaN or "
-            "infinite. Lower the learning rate or max_grad_norm, look for broken rows with "
-            "`dpo-fast inspect-data`, or "
-            "train in fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True "
-            "goes on regardless."
+            f"{self.state.global_step}) was NaN or infinite. Lower the learning rate or "
+            "max_grad_norm, look at the rows of these steps, or train in fp32; the last complete "
+            "checkpoint is untouched. logging_nan_inf_filter=True goes on regardless."
         )
 
 

@@ -170,6 +170,14 @@ def test_reference_free_losses_hold_no_reference(loss: str) -> None:
     assert run.update().norm() > 0
 
 
+def test_a_stream_to_evaluate_on() -> None:
+    trainer = ours(config={"max_steps": 1}).trainer
+    listed = rows(6, seed=3)
+    stream = listed.to_iterable_dataset()
+    expected, streamed = trainer.evaluate(listed), trainer.evaluate(stream)
+    assert streamed["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+
 def test_image_columns_are_refused() -> None:
     dataset = rows(4).add_column("images", [["x"]] * 4)
     with pytest.raises(ValueError, match="image"):

@@ -1,1 +1,4 @@
-"""Triton device code and its launchers for dpo_fast. Imports torch and triton only, each submodule at first use."""
+"""Triton device code and its launchers for dpo_fast; imports torch and triton only.
+
+Nothing is imported here: each submodule is at its first use.
+"""

@@ -79,6 +79,7 @@ SCALARS = {
     "scale": "fp32", "softcap": "fp32", "offset": "fp32", "vocab_start": "i32",
     "vocab_total": "i32", "ignore_index": "i32",
 }  # fmt: skip
+UNIT_STRIDES = ("stride_xh", "stride_wh", "stride_tk")
 UNALIGNED = {"N", "V", "num_v", "start", "vocab_start", "vocab_total", "ignore_index"}
 
 
@@ -118,8 +119,8 @@ def exp_gemm_case(
 ) -> Case:
     constants: dict[str, Any] = {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
-        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma, "STORE": store,
-        "HAS_LOST": store, "E_DTYPE": "bf16", **on,
+        "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma,
+        "STORE": store, "HAS_LOST": store, "E_DTYPE": "bf16", **on,
     }  # fmt: skip
     types = {}
     if tma:
@@ -142,8 +143,8 @@ def exp_gemm_case(
 
 def off_range_cases(target: str) -> Iterator[Case]:
     """One block_v for each tile of the table, the lightest and the heaviest features."""
-    widths = {t.block_v for (name, _), rows in TABLE.items() if name.startswith(target) for _, t in rows}  # fmt: skip
-    for width in sorted(widths):
+    tables = [rows for (name, _), rows in TABLE.items() if name.startswith(target)]
+    for width in sorted({tile.block_v for rows in tables for _, tile in rows}):
         for text, on in variants():
             if text not in ("-", "TC", "TCS"):
                 continue
@@ -225,37 +226,48 @@ def shipped_cases(target: str) -> list[Case]:
     ]  # fmt: skip
 
 
-def compile_case(case: Case) -> Report:
-    """Compile one case and read the assembler's report; runs in a process of its own."""
-    import triton
+def compiler_source(case: Case) -> Any:
+    """The case as the compiler takes it, specialised as the JIT would for a call on a GPU."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(import_module(f"dpo_fast_kernels.{case.module}"), case.kernel)
     names = kernel.arg_names
     constants = {k: (tl.bfloat16 if v == "bf16" else v) for k, v in case.constants.items()}
-    signature = {n: "constexpr" if n in constants else case.signature.get(n, argument_type(n)) for n in names}  # fmt: skip
+    constants |= {n: 1 for n in UNIT_STRIDES if n in names}
+    signature = {}
+    for name in names:
+        given = case.signature.get(name, argument_type(name))
+        signature[name] = "constexpr" if name in constants else given
     missing = [n for n in names if signature[n] == "constexpr" and n not in constants]
     assert not missing, f"{case.kernel}: no value for {missing}"
-    for name in names:  # unit strides become constants, as the JIT specialises them
-        if name in ("stride_xh", "stride_wh", "stride_tk") and name not in constants:
-            signature[name], constants[name] = "constexpr", 1
-    aligned = [n for n in names if signature[n].startswith("*") or (signature[n] == "i32" and n not in UNALIGNED)]  # fmt: skip
-    source = ASTSource(
+    aligned = [
+        n
+        for n in names
+        if signature[n].startswith("*") or (signature[n] == "i32" and n not in UNALIGNED)
+    ]
+    return ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(names.index(k),): v for k, v in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
     )
+
+
+def compile_case(case: Case) -> Report:
+    """Compile one case and read the assembler's report; runs in a process of its own."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
     options = {
         "num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": False,
     }  # fmt: skip
+    source = compiler_source(case)
     with quiet_stderr() as log:
         try:
             compiled = triton.compile(source, target=target, options=options)
-        except Exception as error:  # any compiler failure is this case's result
+        except Exception as error:  # whatever the compiler raises is this case's result
             return Report(case, -1, -1, -1, 0, f"{type(error).__name__}: {error}"[:300] + log())
     registers, spills = assembler_report(compiled.asm["ptx"], case.target)
     wgmma = len(re.findall(r"wgmma\.mma_async", compiled.asm["ptx"]))
@@ -325,7 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = [c for t in options.target for c in shipped_cases(t) if options.only in c.label]
     broken = 0
     for r in compile_all(cases, options.jobs):
-        row = f"{r.case.target:6s} {r.case.label:46s} {r.registers:4d} {r.spills:7d} {r.shared:7d} {r.wgmma:5d}"  # fmt: skip
+        row = f"{r.case.target:6s} {r.case.label:46s} {r.registers:4d} {r.spills:7d}"
+        row += f" {r.shared:7d} {r.wgmma:5d}"
         faults = r.faults()
         broken += bool(faults)
         print(row + ("  FAILED: " + "; ".join(faults) if faults else ""), flush=True)

@@ -2,9 +2,9 @@
 
 Legend: N scored tokens, H hidden, V vocabulary (of this shard), a accumulator of ``x W^T``.
 
-Units: a row's offset ``k`` and its target logit ``zy`` are logits after the softcap and *before* the
-scale, so that ``exp(z - k) = exp2((cap(a) - k) * scale * log2(e))``: the subtraction comes first, and
-a large common part of a and k costs nothing. Nothing here can be contracted into a fused
+Units: a row's offset ``k`` and its target logit ``zy`` are logits after the softcap and *before*
+the scale, so that ``exp(z - k) = exp2((cap(a) - k) * scale * log2(e))``: the subtraction comes
+first, and a large common part of a and k costs nothing. Nothing here can be contracted into a fused
 multiply-add, and the launchers pin ``enable_fp_fusion`` off, so that kernels with and without the
 store of E agree bit for bit.
 """
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 # Kinds of rows: `col` holds the target's column in this shard, or one of these. -1 and V mean that
 # the target lies in an earlier or a later shard of the vocabulary.

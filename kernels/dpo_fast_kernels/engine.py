@@ -1,8 +1,8 @@
 """The two ways from hidden states to E and log-probs, behind one interface.
 
-:class:`ExpGemm` writes E in the GEMM's epilogue; :class:`Logits` lets cuBLAS write float32 logits of
-a chunk of rows and passes over them. Both give the same :class:`Scored` and can write E of a slab
-of the vocabulary again, for offsets that are known.
+:class:`ExpGemm` writes E in the GEMM's epilogue; :class:`Logits` lets cuBLAS write float32 logits
+of a chunk of rows and passes over them. Both give the same :class:`Scored` and can write E of a
+slab of the vocabulary again, for offsets that are known.
 
 Legend: N rows, H hidden, V vocabulary (of this shard).
 """

@@ -1,18 +1,18 @@
 """The GEMM of the LM head: row sums of ``E = exp(z - k)`` and, where asked, E itself; no logits.
 
-``a = x W^T + tail``, ``z = scale * cap(a + bias)``, ``k`` [N] known beforehand (target_logit.py). Per
-tile the epilogue takes one exponential an element and writes
+``a = x W^T + tail`` (adapter, bias), ``z = scale * cap(a)``, ``k`` [N] known beforehand
+(target_logit.py). Per tile the epilogue takes one exponential an element and writes
 
-- ``part[0, u, row] = sum_j E`` over the non-target columns of UNIT columns, float32; UNIT is the same
-  for every tile, so that the sums agree bit for bit between variants with different tiles;
+- ``part[0, u, row] = sum_j E`` over the non-target columns of UNIT columns, float32; UNIT is the
+  same for every tile, so that the sums agree in bits between variants with different tiles;
 - with STORE ``e[row, j] = E * slope`` (slope of the softcap), the target's entry 0: it is fixed
-  afterwards (rows.py);
+  afterwards (rows.py); and what rounding took from the stored entries;
 - with STATS the planes of device.store_statistics.
 
 No maximum, no rescaling, no atomics: bit-reproducible, and equal with and without the store.
 
-Legend: N rows, H hidden, V columns from `start` of the vocabulary, Q of the low-rank tail. With TMA the
-four operands and e are host-side tensor descriptors, otherwise pointers with strides.
+Legend: N rows, H hidden, V columns from `start` of the vocabulary, Q of the low-rank tail. With TMA
+the four operands and e are host-side tensor descriptors, otherwise pointers with strides.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -212,8 +212,8 @@ def exp_gemm(
         *x.stride(), *w.stride(), 0 if e is None else e.stride(0), operands.scale,
         operands.softcap or 0.0,
         BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, BLOCK_Q=tile.block_q,
-        GROUP_N=tile.group_n, TMA=launch.tma, UNIT=tile.unit, STORE=e is not None, HAS_LOST=lost is not None,
-        E_DTYPE=TRITON_DTYPES[torch.float32 if e is None else e.dtype],
+        GROUP_N=tile.group_n, UNIT=tile.unit, TMA=launch.tma, STORE=e is not None,
+        HAS_LOST=lost is not None, E_DTYPE=TRITON_DTYPES[torch.float32 if e is None else e.dtype],
         STATS=stats, HAS_SOFTCAP=capped, HAS_TAIL=tailed,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The other way to E: cuBLAS writes float32 logits of a chunk of rows, elementwise kernels read them.
+"""The other way to E: cuBLAS writes float32 logits of a chunk of rows, two kernels read them.
 
 For dtypes that the exp-GEMM does not take (float32; float16, whose exponent range needs the true
-maximum) and for shapes where cuBLAS plus passes over memory is faster. Offset: the row's maximum, so no row
-is off range; everything else is as in rows.py; a block of a row plays
-the part of a tile of the GEMM.
+maximum) and for shapes where cuBLAS plus passes over memory is faster. The offset is the row's
+maximum, so no row is off range. Everything else is as in rows.py; a block of a row plays the part
+of a tile of the GEMM.
 
 Legend: n rows of a chunk, V vocabulary (of this shard).
 """

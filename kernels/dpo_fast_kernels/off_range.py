@@ -159,7 +159,8 @@ def off_range(
         *x.stride(), *w.stride(), 0 if e is None else e.stride(0), operands.scale,
         operands.softcap or 0.0,
         BLOCK_N=OFF_RANGE_BLOCK_N, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h,
-        BLOCK_Q=tile.block_q, MAXIMUM=maximum, STORE=e is not None, HAS_LOST=lost is not None, STATS=stats, HAS_SOFTCAP=operands.softcap is not None,
+        BLOCK_Q=tile.block_q, MAXIMUM=maximum, STORE=e is not None, HAS_LOST=lost is not None,
+        STATS=stats, HAS_SOFTCAP=operands.softcap is not None,
         HAS_TAIL=operands.tail_x is not None,
         num_warps=max(4, tile.block_v // 32), num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def low_rank_tail(
     lora: tuple[Tensor, Tensor, float] | None,  # a [r, H], b [V, r], scale
     bias: Tensor | None,  # [V]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(tail_x [N, Q], tail_w [V, Q], low [N, r])``: adapter and bias as further columns of x and w.
+    """``(tail_x [N, Q], tail_w [V, Q], low [N, r])``: adapter and bias as columns beside x and w.
 
     ``tail_x tail_w^T = s x a^T b^T + bias`` and ``low = s x a^T`` in float32. 16-bit operands would
     round low to 8 bits, visible in the log-probs: it is split into two parts (and b, if it is wider

@@ -51,7 +51,7 @@ def _lora(a: Tensor | None, b: Tensor | None, scale: float) -> Lora | None:
 def mean_logit(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, scale: float
 ) -> Tensor:
-    """Mean of z over the vocabulary, ``[N]`` float32, without softcap: ``scale x . mean(W) + ..``."""
+    """Mean of z over the vocabulary, ``[N]`` float32, without a softcap: ``scale x . mean(W)``."""
     x = hidden.float()
     mean = x @ weight.mean(0, dtype=torch.float32)
     if bias is not None:

@@ -1,8 +1,8 @@
 """The backward without stored E: a slab of the vocabulary and a block of rows at a time.
 
-Vocabulary outside, rows inside: each slab of dW is summed over all rows in float32 and rounded once,
-dX is summed over the slabs in float32. The offsets are known, so E comes back bit for bit. Memory:
-one block of E (32 MiB at 2 bytes) and one slab of dW; nothing of size N V, one GEMM more.
+Vocabulary outside, rows inside: each slab of dW is summed over all rows in float32 and rounded
+once, dX is summed over the slabs in float32. The offsets are known, so E comes back bit for bit.
+Memory: one block of E (32 MiB at 2 bytes) and one slab of dW; nothing of size N V, one GEMM more.
 
 Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter.
 """

@@ -138,7 +138,7 @@ def _target_fix_kernel(
 
 
 def gather_axpy(out: Tensor, table: Tensor, delta: Tensor, col: Tensor) -> None:
-    """``out[n] += delta[n] * table[col[n]]`` in float32; rows whose col is outside are left alone."""
+    """``out[n] += delta[n] * table[col[n]]`` in float32, where that row of the table exists."""
     n, k = out.shape
     if n == 0:
         return

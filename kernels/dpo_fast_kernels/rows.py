@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_fast_kernels.device import IGNORED, INVALID, LN2, LOG2E, SQUARE_SCALE, log1p
+from dpo_fast_kernels.device import IGNORED, INVALID, LOG2E, SQUARE_SCALE, log1p
 from dpo_fast_kernels.products import TRITON_DTYPES
 from dpo_fast_kernels.target_logit import TargetLogits
 
@@ -227,7 +227,8 @@ def finish_rows(
         sums, lost, rows.zy, rows.k, rows.slope, rows.col, index, count, out.logps, out.s, out.fix,
         out.delta, flag, out.stats, e, n, vocab, 0 if e is None else e.stride(0), scale,
         BLOCK=128, E_DTYPE=TRITON_DTYPES[e_dtype], STATS=out.stats is not None,
-        STORE=e is not None, HAS_LOST=lost is not None, FROM_K=from_k, INDIRECT=index is not None, num_warps=4, enable_fp_fusion=False,
+        STORE=e is not None, HAS_LOST=lost is not None, FROM_K=from_k,
+        INDIRECT=index is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Legend: N rows, V vocabulary (of this shard), C planes of partial sums.
 
 With ``reduce`` the vocabulary is split over processes, each holding ``[V, H]`` of it from
-``vocab_start``: zy, the sums and the off-range maxima are reduced over them, unconditionally, so that
+``start``: zy, the sums and the off-range maxima are reduced over them, unconditionally, so that
 every process makes the same calls.
 """
 

@@ -129,8 +129,8 @@ def target_logits(
             x, w, operands.tail_x, operands.tail_w, target, zy, slope, k, col,
             n, w.shape[0], hidden, q, *x.stride(), *w.stride(), vocab_start, vocab_total,
             ignore_index, operands.softcap or 0.0, OFFSET / operands.scale,
-            BLOCK_H=launch.tile.block_h, BLOCK_Q=launch.tile.block_q, BLOCK=BLOCK, HAS_SOFTCAP=operands.softcap is not None,
-            HAS_TAIL=operands.tail_x is not None,
+            BLOCK_H=launch.tile.block_h, BLOCK_Q=launch.tile.block_q, BLOCK=BLOCK,
+            HAS_SOFTCAP=operands.softcap is not None, HAS_TAIL=operands.tail_x is not None,
             num_warps=4, num_stages=3, enable_fp_fusion=False,
         )  # fmt: skip
     return TargetLogits(zy, slope, k, col)

@@ -2,8 +2,8 @@
 
 Unmeasured: the entries are those that compile without spills (`python -m dpo_fast_kernels.aot`),
 ordered by the roofline; `benchmarks/tile_sweep.py` on a GPU prints what to put here. A tile is a
-function of the architecture, the shapes and the variant only, never of free memory or of N: the same
-inputs give the same bits.
+function of the architecture, the shapes and the variant only, never of free memory or of N: the
+same inputs give the same bits.
 
 Classes: "sm_90" has TMA and wgmma and up to 227 KiB of shared memory a block; "sm_80" stands for
 every other device from 8.0 on, and stays within the 99 KiB that 8.6, 8.9 and 12.0 have.
@@ -56,8 +56,8 @@ def tile_class(capability: tuple[int, int] | None, tma: bool) -> str:
         return "interpreter"
     if capability < (8, 0):
         raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]} has no bf16 matrix units; the Triton "
-            "LM head needs 8.0 or newer. Use backend='chunked'."
+            f"compute capability {capability[0]}.{capability[1]} has no bfloat16 matrix units; the "
+            "Triton LM head needs 8.0 or newer. Use backend='chunked'."
         )
     if capability[0] in (9, 10):
         return "sm_90" if tma else "sm_90-pointer"

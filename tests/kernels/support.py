@@ -1,4 +1,4 @@
-"""The LM head of dpo_fast_kernels on the cases of tests/functional, and the naive twin beside it."""
+"""The kernels' LM head on the cases of tests/functional, and the naive twin beside it."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Every shipped tile of every kernel compiles for sm_90 and sm_80, without a GPU and without spills."""
+"""Every shipped tile of every kernel compiles for sm_90 and sm_80: no GPU, no spills."""
 
 import os
 import subprocess

@@ -36,9 +36,7 @@ def _run(
     problem = make_problem(
         hidden, weight, None, None, 300.0, 0.9, stats=True, engine=engine, e_dtype=torch.bfloat16
     )
-    held = forward(
-        problem, target, wanted=wanted, stats=True, store=True, vocabulary=vocabulary
-    )
+    held = forward(problem, target, wanted=wanted, stats=True, store=True, vocabulary=vocabulary)
     dlogps = torch.linspace(-1, 1, ROWS)
     grads = backward(problem, held, dlogps, wanted)
     assert grads.hidden is not None and grads.weight is not None
@@ -50,9 +48,7 @@ def _run(
 def _worker(rank: int, port: int, engine: str, path: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     from dpo_fast_kernels.scoring import Vocabulary
 
     def reduce(tensor: torch.Tensor, operation: str) -> None:

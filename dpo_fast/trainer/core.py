@@ -222,6 +222,7 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
         ``input_ids``.
         """
         inputs = self._prepare_inputs(inputs)
+        self._eval_pairs = len(inputs["seq_lens"]) // 2
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
             if prediction_loss_only:
@@ -229,7 +230,6 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
             self._warn_logits()
             model_inputs = {k: v for k, v in inputs.items() if k not in NON_MODEL_KEYS}
             logits = model(**model_inputs, use_cache=False).logits
-        self._eval_pairs = len(inputs["seq_lens"]) // 2
         return loss, logits, inputs["input_ids"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -241,9 +241,12 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
 
     def _gather_pairs(self, tensor: Tensor) -> Tensor:
         # gather_for_metrics cuts the last batch to its number of pairs; predictions have two rows a
-        # pair.
-        pairs = getattr(self, "_eval_pairs", None)
-        if tensor.dim() < 2 or pairs is None or tensor.shape[0] != 2 * pairs:
+        # pair. The base class repeats a batch's loss as often as a whole batch has pairs, and only
+        # cuts the last one where it knows the length: not of a stream.
+        pairs = self._eval_pairs
+        if tensor.dim() == 1 and self.accelerator.num_processes == 1:
+            return self.accelerator.gather_for_metrics(tensor[:pairs])
+        if tensor.dim() < 2 or tensor.shape[0] != 2 * pairs:
             return self.accelerator.gather_for_metrics(tensor)
         by_pair = tensor.unflatten(0, (2, pairs)).transpose(0, 1).contiguous()
         return self.accelerator.gather_for_metrics(by_pair).transpose(0, 1).flatten(0, 1)

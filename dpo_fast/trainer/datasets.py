@@ -49,8 +49,8 @@ class DatasetsMixin:
                 f"{type(dataset).__name__}: "
                 "datasets.Dataset.from_list(rows) makes one from a list of dicts."
             )
-        # Batches that rank 0 reads and cuts up for the others would be cut by the row, plan and all;
-        # also a stream that comes later, to be evaluated on.
+        # Batches that rank 0 reads and cuts up for the others would be cut by the row, plan and
+        # all; also a stream that comes later, to be evaluated on.
         accelerator_config: Any = args.accelerator_config
         if accelerator_config.dispatch_batches:
             logger.warning(

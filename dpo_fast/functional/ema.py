@@ -37,6 +37,7 @@ from torch import Tensor
 
 from dpo_fast.functional.ema_checks import Tensors, check_tensor, named
 from dpo_fast.functional.ema_plan import EmaPlan, Rounding, ema_offsets
+from dpo_fast.functional.ema_shards import local_of
 
 __all__ = ["EmaPlan", "Rounding", "ema_", "ema_offsets", "make_shadow"]
 
@@ -86,15 +87,19 @@ def make_shadow(refs: Iterable[Tensor], *, pinned: bool = False) -> list[Tensor 
     """Float32 masters of 16-bit references, None for the others.
 
     Args:
-        refs: the references, as they are before the first update.
-        pinned: keep the masters in pinned host memory instead of on the references' device.
+        refs: the references, as they are before the first update. The master of a DTensor is a
+            DTensor.
+        pinned: keep the masters in pinned host memory instead of on the references' device; of a
+            DTensor then its shard as a plain tensor.
     """
     masters: list[Tensor | None] = []
     for ref, name in zip(*named(list(refs), "refs"), strict=True):
-        check_tensor(ref, name)
+        local = local_of(ref)
+        check_tensor(local, name)
         if ref.dtype in (torch.float32, torch.float64):
             masters.append(None)
-            continue
-        master = ref.detach().to(torch.float32)
-        masters.append(master.cpu().pin_memory() if pinned else master)
+        elif pinned:
+            masters.append(local.detach().to("cpu", torch.float32).pin_memory())
+        else:
+            masters.append(ref.detach().to(torch.float32))
     return masters

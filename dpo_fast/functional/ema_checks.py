@@ -22,6 +22,9 @@ class Named(NamedTuple):
     tensors: list[Tensor]
     names: list[str]
 
+    def pairs(self) -> Iterable[tuple[Tensor, str]]:
+        return zip(self.tensors, self.names, strict=True)
+
 
 def named(value: Tensors, argument: str) -> Named:
     """A list, a generator or a mapping of names to tensors."""
@@ -71,11 +74,6 @@ def _about(tensor: Tensor) -> str:
 
 def check_tensor(tensor: Tensor, name: str) -> None:
     """A dense, materialised, floating tensor of plain storage."""
-    if hasattr(tensor, "to_local"):
-        raise TypeError(
-            f"{name} is a {type(tensor).__name__}; pass its local shard, tensor.to_local(), and "
-            "where the shard begins as offsets="
-        )
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} has layout {tensor.layout}; it must be dense: use .to_dense()")
     if tensor.dtype not in DTYPES:
@@ -173,6 +171,29 @@ def check_overlap(
             open_write = max(open_write, (end, name))
         else:
             open_read = max(open_read, (end, name))
+
+
+def check_tensors(refs: Named, policies: Named, masters: Sequence[Tensor | None]) -> None:
+    """Each reference beside its policy, and all of them against each other."""
+    for (ref, ref_name), (policy, policy_name) in zip(refs.pairs(), policies.pairs(), strict=True):
+        check_tensor(ref, ref_name)
+        check_tensor(policy, policy_name)
+        check_written(ref, ref_name)
+        check_pair(ref, policy, ref_name, policy_name)
+    written = [(name, ref) for ref, name in refs.pairs()]
+    written += [(f"shadow[{i}]", s) for i, s in enumerate(masters) if s is not None]
+    check_overlap(written, [(name, policy) for policy, name in policies.pairs()])
+
+
+def check_shadows(masters: Sequence[Tensor | None], refs: Named) -> None:
+    if len(masters) != len(refs.tensors):
+        raise ValueError(
+            f"shadow has {len(masters)} entries and refs {len(refs.tensors)} tensors; "
+            "make_shadow(refs) builds the list"
+        )
+    for i, (master, (ref, name)) in enumerate(zip(masters, refs.pairs(), strict=True)):
+        check_tensor(ref, name)
+        check_shadow(master, f"shadow[{i}]", ref, name)
 
 
 def check_alpha(alpha: float) -> float:

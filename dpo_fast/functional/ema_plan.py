@@ -8,20 +8,19 @@ from torch import Tensor
 
 from dpo_fast.backends.ema import Draw, EmaBackend, Entry, blend_of, choose
 from dpo_fast.functional.ema_checks import (
+    Named,
     Tensors,
     check_alpha,
     check_lengths,
     check_offsets,
-    check_overlap,
-    check_pair,
     check_rounding,
     check_same_parameters,
-    check_shadow,
-    check_tensor,
+    check_shadows,
+    check_tensors,
     check_uint64,
-    check_written,
     named,
 )
+from dpo_fast.functional.ema_shards import check_sharded_alike, local_of, shard_start
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -51,15 +50,16 @@ class EmaPlan:
 
     Args:
         refs: tensors to update in place, or a mapping of names to them; float64, float32, bfloat16
-            or float16, in any mix; parameters that require a gradient are fine. Empty shards are
+            or float16, in any mix; parameters that require a gradient are fine. DTensors are
+            updated shard by shard on their own ranks, without communication. Empty shards are
             skipped.
-        policies: the tensors to move towards: as many, of the same shapes and devices.
+        policies: the tensors to move towards: as many, of the same shapes, devices and shards.
         shadow: float32 masters, one for each 16-bit reference, None for the others
             (:func:`make_shadow`). They are updated, then rounded into the references, whose own
             values are not read.
         offsets: global position of each tensor's first element, for the random bits of stochastic
-            rounding; default: :func:`ema_offsets` of the sizes. With shards: the offset of the
-            whole parameter plus where this shard begins.
+            rounding; default: :func:`ema_offsets` of the sizes of the whole tensors, plus where a
+            DTensor's shard begins. For shards that are plain tensors, add the latter yourself.
         backend: ``"auto"``, or ``"compiled"`` (C++, CUDA), ``"triton"``, ``"torch"`` by name.
             float64 and non-contiguous tensors always take torch.
 
@@ -69,9 +69,9 @@ class EmaPlan:
     Memory: 64 bytes a tensor and 4 bytes per 32768 elements, on the device.
 
     Raises:
-        TypeError, ValueError: lists that do not match (the first difference is named), shapes or
-            devices that differ, tensors that are meta, sparse, of a type that cannot be averaged,
-            DTensors, expanded; memory shared between two references, or reference and policy; a
+        TypeError, ValueError: lists that do not match (the first difference is named), shapes,
+            devices or shards that differ, tensors that are meta, sparse, of a type that cannot be
+            averaged, expanded; memory shared between two references, or reference and policy; a
             shadow that does not fit.
     """
 
@@ -87,12 +87,14 @@ class EmaPlan:
         check_same_parameters(refs, policies)
         self._refs, self._policies = named(refs, "refs"), named(policies, "policies")
         check_lengths(self._refs, self._policies)
+        for ref, policy in zip(self._refs.pairs(), self._policies.pairs(), strict=True):
+            check_sharded_alike(*ref, *policy)
         self._shadow = None if shadow is None else list(shadow)
-        self._check_tensors()
-        sizes = [ref.numel() for ref in self._refs.tensors]
-        self._offsets = check_offsets(
-            ema_offsets(sizes) if offsets is None else offsets, self._refs
-        )
+        if offsets is None:
+            whole = ema_offsets(ref.numel() for ref in self._refs.tensors)
+            starts = map(shard_start, self._refs.tensors)
+            offsets = [at + start for at, start in zip(whole, starts, strict=True)]
+        self._offsets = check_offsets(offsets, self._local(self._refs))
         self._backend_name = backend
         self._build()
 
@@ -106,7 +108,6 @@ class EmaPlan:
         if alpha == 0.0:
             return
         if self._storage_now() != self._storage:
-            self._check_tensors()
             self._build()
         blend = blend_of(alpha)
         for group in self._groups:
@@ -134,46 +135,27 @@ class EmaPlan:
             f"backend {backends}, {self.traffic / 1e9:.3g} GB an update"
         )
 
-    def _check_tensors(self) -> None:
-        refs, policies = self._refs, self._policies
-        for ref, policy, ref_name, policy_name in zip(
-            refs.tensors, policies.tensors, refs.names, policies.names, strict=True
-        ):
-            check_tensor(ref, ref_name)
-            check_tensor(policy, policy_name)
-            check_written(ref, ref_name)
-            check_pair(ref, policy, ref_name, policy_name)
-        written = list(zip(refs.names, refs.tensors, strict=True))
-        if self._shadow is not None:
-            written += self._check_shadow(self._shadow)
-        check_overlap(written, list(zip(policies.names, policies.tensors, strict=True)))
-
-    def _check_shadow(self, shadow: list[Tensor | None]) -> list[tuple[str, Tensor]]:
-        refs = self._refs
-        if len(shadow) != len(refs.tensors):
-            raise ValueError(
-                f"shadow has {len(shadow)} entries and refs {len(refs.tensors)} tensors; "
-                "make_shadow(refs) builds the list"
-            )
-        for i, (master, ref) in enumerate(zip(shadow, refs.tensors, strict=True)):
-            check_shadow(master, f"shadow[{i}]", ref, refs.names[i])
-        return [(f"shadow[{i}]", t) for i, t in enumerate(shadow) if t is not None]
+    @staticmethod
+    def _local(side: Named) -> Named:
+        return Named([local_of(tensor) for tensor in side.tensors], side.names)
 
     def _build(self) -> None:
-        """Tables, from tensors that were checked."""
-        count = len(self._refs.tensors)
-        shadow = self._shadow if self._shadow is not None else [None] * count
+        """Check all tensors, then make the tables."""
+        refs, policies = self._local(self._refs), self._local(self._policies)
+        masters: list[Tensor | None] = [None] * len(refs.tensors)
+        if self._shadow is not None:
+            masters = [None if s is None else local_of(s) for s in self._shadow]
+            check_shadows(masters, refs)
+        check_tensors(refs, policies, masters)
+        sides = zip(refs.tensors, policies.tensors, masters, self._offsets, strict=True)
         self._entries = [
             Entry(ref.detach(), policy.detach(), None if s is None else s.detach(), offset)
-            for ref, policy, s, offset in zip(
-                self._refs.tensors, self._policies.tensors, shadow, self._offsets, strict=True
-            )
+            for ref, policy, s, offset in sides
             if ref.numel()
         ]
-        self._written = [ref for ref in self._refs.tensors if ref.numel()]
-        self._written += [s for s in shadow if s is not None and s.numel()]
+        self._written = [t for t in (*refs.tensors, *masters) if t is not None and t.numel()]
         self._watched = [*self._refs.tensors, *self._policies.tensors]
-        self._watched += [s for s in shadow if s is not None]
+        self._watched += [s for s in self._shadow or () if s is not None]
         self._storage = self._storage_now()
         parts: dict[tuple[torch.device, str], list[Entry]] = {}
         for entry in self._entries:
@@ -185,4 +167,5 @@ class EmaPlan:
             self._groups.append(_Group(backend, backend.prepare(entries, device)))
 
     def _storage_now(self) -> list[tuple[int, int, torch.dtype]]:
-        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in self._watched]
+        local = [local_of(tensor) for tensor in self._watched]
+        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype) for tensor in local]

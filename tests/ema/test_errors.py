@@ -28,13 +28,6 @@ STORAGE = torch.randn(100)
 TIED = torch.randn(4, 3)
 
 
-class Sharded(torch.Tensor):
-    """Stands for a DTensor: anything with to_local()."""
-
-    def to_local(self) -> Tensor:
-        return torch.Tensor(self)
-
-
 CASES: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
     "fewer policies": (
         wrong(refs=[A, B, B + 1], policies=[A + 1, B + 1]),
@@ -76,11 +69,6 @@ CASES: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
         wrong(refs=[A.to(torch.float8_e4m3fn)], policies=[B]),
         TypeError,
         "float8_e4m3fn",
-    ),
-    "dtensor": (
-        wrong(refs=[A.as_subclass(Sharded)], policies=[B]),
-        TypeError,
-        r"refs\[0\] is a Sharded; pass its local shard, tensor.to_local\(\)",
     ),
     "negated view": (
         wrong(refs=[A], policies=[torch.randn(4, 3, dtype=torch.cfloat).conj().imag]),

@@ -56,23 +56,31 @@ def plan_tokens(input_ids: Tensor, completion_mask: Tensor) -> dict[str, Any]:
             f"{tuple(completion_mask.shape)} must have one shape [2P, T]: one row a sequence, "
             "chosen rows first, then rejected rows"
         )
-    num_sequences, width = input_ids.shape
+    num_sequences = input_ids.shape[0]
     if num_sequences % 2:
         raise ValueError(
             f"a batch of {num_sequences} rows is not made of pairs: it must hold P chosen rows, "
             "then the P rejected rows in the same order"
         )
-    in_completion = completion_mask != 0
-    completion_lens = in_completion.sum(dim=1)
-    scored = in_completion.clone()
+    return plan_rows(input_ids, completion_mask != 0)
+
+
+def plan_rows(tokens: Tensor, scored: Tensor) -> dict[str, Any]:
+    """:func:`plan_tokens` for any number of rows: ``tokens [B, T]`` where ``scored [B, T]`` (bool).
+
+    A token at position 0 has no predecessor and is left out.
+    """
+    rows, width = tokens.shape
+    completion_lens = scored.sum(dim=1)
+    scored = scored.clone()
     scored[:, :1] = False
     seq_lens = scored.sum(dim=1)
-    cu_seqlens = seq_lens.new_zeros(num_sequences + 1)
+    cu_seqlens = seq_lens.new_zeros(rows + 1)
     torch.cumsum(seq_lens, dim=0, out=cu_seqlens[1:])
-    position = scored.reshape(num_sequences * width).nonzero().squeeze(1)
+    position = scored.reshape(rows * width).nonzero().squeeze(1)
     return {
         "token_index": position - 1,
-        "target": input_ids.reshape(num_sequences * width)[position].long(),
+        "target": tokens.reshape(rows * width)[position].long(),
         "cu_seqlens": cu_seqlens,
         "seq_lens": seq_lens.tolist(),
         "completion_lens": completion_lens.tolist(),
@@ -272,8 +280,8 @@ class TokenPlan:
             )
         ids = self.sequence_ids()
         position = torch.arange(self.num_tokens, device=ids.device) - self.cu_seqlens[ids]
-        chosen, rejected = self.cu_seqlens.diff().chunk(2)
-        shared = torch.minimum(chosen, rejected).repeat(2)
+        lengths = self.cu_seqlens.diff().view(2, self.num_pairs)
+        shared = lengths.amin(dim=0).repeat(2)
         weight = torch.ones(self.num_tokens, dtype=torch.float32, device=ids.device)
         return weight.masked_fill_(position >= shared[ids], alpha)
 
@@ -287,5 +295,4 @@ class TokenPlan:
         lengths = torch.tensor(
             self.completion_lens, dtype=torch.float32, pin_memory=target.type == "cuda"
         ).to(target, non_blocking=True)
-        chosen, rejected = lengths.split(self.num_pairs)
-        return chosen, rejected
+        return lengths[: self.num_pairs], lengths[self.num_pairs :]

@@ -70,7 +70,7 @@ def micro_batch_sums(
     """
     num_pairs = len(seq_lens) // 2
     chosen_tokens = sum(seq_lens[:num_pairs])
-    chosen_logps, rejected_logps = output.logps.chunk(2)
+    chosen_logps, rejected_logps = output.logps[:num_pairs], output.logps[num_pairs:]
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     device = output.logps.device
     dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -10,7 +10,7 @@ Legend: L tokens, D head size, Hq and Hkv heads of queries and of keys.
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,18 +64,21 @@ def implementation_name(backend: str = "auto") -> str:
     return _NAMES[backend]
 
 
+@cache
 def register() -> None:
     """Make the implementations known to transformers, through its public interfaces; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    # A compiled model breaks its graph here: segments are host lists that differ in every batch.
+    # Decorated here, since torch.compiler imports triton, and only where there is a model.
+    outside = torch.compiler.disable(segment_attention)
     for backend in BACKENDS:
         name = implementation_name(backend)
-        AttentionInterface.register(name, partial(segment_attention, backend=backend))
+        AttentionInterface.register(name, partial(outside, backend=backend))
         # Rows without segments are padded: they get the mask that SDPA gets.
         AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
 
 
-@torch.compiler.disable
 def segment_attention(
     module: nn.Module,
     query: Tensor,

@@ -13,7 +13,6 @@ from torch import Tensor
 from dpo_fast.layouts.segments import Segment, Segments, segment_mask
 
 
-@torch.compiler.disable
 def sdpa_segments(
     query: Tensor,
     key: Tensor,

@@ -3,6 +3,8 @@
 Legend: L tokens, D head size, Hq and Hkv heads of queries and of keys.
 """
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -176,6 +178,15 @@ def test_the_implementation_is_not_saved(tmp_path):
     with segment_attention_in(model):
         model.save_pretrained(tmp_path)
     assert "dpo_fast" not in (tmp_path / "config.json").read_text()
+
+
+def test_import_is_free():
+    code = (
+        "import sys, torch, dpo_fast.layouts; "
+        "bad = [m for m in ('transformers', 'triton', 'datasets', 'peft', 'torch._dynamo') "
+        "if m in sys.modules]; assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.gpu

@@ -128,6 +128,7 @@ def test_an_empty_batch_is_fed_but_not_counted(layout):
     assert (batch["num_tokens"], batch["padded_tokens"], batch["executed_tokens"]) == (0, 0, 1)
     assert batch["attention_mask"].tolist() == [[1]]
     assert ("pair_segments" in batch) == (layout != "padded")
+    assert [x.shape for x in (*plan.pair_lengths(), plan.ld_weight(0.5))] == [(0,)] * 3
 
 
 def test_bad_budgets_are_refused():

@@ -23,6 +23,8 @@ namespace lanes_scalar {
 #define LANES_INLINE SCALAR_INLINE
 #include "lanes_math.h"
 
+#include "logit_columns.h"
+
 #include "epilogue_row.h"
 #undef LANES_FN
 #undef LANES_INLINE
@@ -34,6 +36,8 @@ namespace lanes_avx2 {
 #define LANES_INLINE AVX2_INLINE
 #include "lanes_math.h"
 
+#include "logit_columns.h"
+
 #include "epilogue_row.h"
 #undef LANES_FN
 #undef LANES_INLINE
@@ -43,6 +47,8 @@ namespace lanes_avx512 {
 #define LANES_FN AVX512_TARGET static
 #define LANES_INLINE AVX512_INLINE
 #include "lanes_math.h"
+
+#include "logit_columns.h"
 
 #include "epilogue_row.h"
 #undef LANES_FN
@@ -78,6 +84,7 @@ ExponentialFn exponential_for(LaneSet lanes, bool cap) {
 bool lane_set_available(LaneSet lanes) {
   if (lanes == LaneSet::kScalar) return true;
 #ifdef DPO_FAST_X86
+  // Every processor with AVX2 and FMA has F16C, which older compilers cannot ask for.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (lanes == LaneSet::kAvx2) return avx2;
   return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");

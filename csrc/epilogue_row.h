@@ -8,32 +8,9 @@ constexpr int64_t kBlock = 128 * kLanes;  // columns summed in float before they
 struct Row {
   float* logits;
   const float* bias;
-  Lanes scale, shift, cap, inverse_cap;
+  Squash squash;
+  Lanes shift;
 };
-
-// A few columns: z = scale * cap(a); below = z - k; slope = cap'(a), with a softcap only.
-struct Columns {
-  Lanes z, below, slope;
-};
-
-template <bool kCap>
-LANES_INLINE Columns columns_of(Lanes a, const Row& row) {
-  if constexpr (kCap) {
-    const Tanh t = tanh_of(mul(a, row.inverse_cap));
-    const Lanes z = mul(mul(t.value, row.cap), row.scale);
-    return {z, sub(z, row.shift), t.slope};
-  } else {
-    // The difference first: a scaled logit of some thousands would lose the digits that count.
-    return {mul(a, row.scale), mul(sub(a, row.shift), row.scale), a};
-  }
-}
-
-// What the maximum is taken of: a; with a softcap z, which may be equal where a is not.
-template <bool kCap>
-LANES_INLINE Lanes ordered(Lanes a, const Row& row) {
-  if constexpr (kCap) return columns_of<true>(a, row).z;
-  else return a;
-}
 
 LANES_INLINE Lanes logits_at(const Row& row, int64_t j) {
   const Lanes a = load(row.logits + j);
@@ -51,9 +28,9 @@ LANES_FN float segment_max(const Row& row, int64_t begin, int64_t end) {
   Lanes best[4] = {set1(-INFINITY), set1(-INFINITY), set1(-INFINITY), set1(-INFINITY)};
   int64_t j = begin;
   for (; j + 4 * kLanes <= end; j += 4 * kLanes)
-    for (int64_t i = 0; i < 4; ++i) best[i] = maximum(ordered<kCap>(logits_at(row, j + i * kLanes), row), best[i]);
-  for (; j + kLanes <= end; j += kLanes) best[0] = maximum(ordered<kCap>(logits_at(row, j), row), best[0]);
-  if (j < end) best[1] = maximum(ordered<kCap>(logits_part(row, j, end - j), row), best[1]);
+    for (int64_t i = 0; i < 4; ++i) best[i] = maximum(ordered<kCap>(logits_at(row, j + i * kLanes), row.squash), best[i]);
+  for (; j + kLanes <= end; j += kLanes) best[0] = maximum(ordered<kCap>(logits_at(row, j), row.squash), best[0]);
+  if (j < end) best[1] = maximum(ordered<kCap>(logits_part(row, j, end - j), row.squash), best[1]);
   return reduce_max(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
@@ -94,7 +71,7 @@ LANES_FN void segment_exp(const Row& row, int64_t begin, int64_t end, Sums& sums
   while (j + kLanes <= end) {
     const int64_t stop = j + kBlock < end ? j + kBlock : end;
     for (; j + kLanes <= stop; j += kLanes) {
-      const Columns c = columns_of<kCap>(logits_at(row, j), row);
+      const Columns c = columns_of<kCap>(logits_at(row, j), row.shift, row.squash);
       const Lanes e = exp_of(c.below);
       count_in<kStats>(lanes, e, c);
       if constexpr (kWrite) store(row.logits + j, kCap ? mul(e, c.slope) : e);
@@ -103,7 +80,7 @@ LANES_FN void segment_exp(const Row& row, int64_t begin, int64_t end, Sums& sums
   }
   if (j >= end) return;
   const int64_t count = end - j;
-  Columns c = columns_of<kCap>(logits_part(row, j, count), row);
+  Columns c = columns_of<kCap>(logits_part(row, j, count), row.shift, row.squash);
   const Lanes e = keep_part(exp_of(c.below), count);
   c.z = keep_part(c.z, count);
   count_in<kStats>(lanes, e, c);
@@ -123,8 +100,6 @@ LANES_FN bool is_argmax(const Row& row, int64_t vocab, int64_t y) {
   return best == y;
 }
 
-LANES_INLINE float one(Lanes a) { return reduce_max(a); }  // of lanes that are all equal; NaN stays NaN
-
 template <bool kCap>
 LANES_FN float target_entry(float rest, const Columns& target) {
   return kCap ? -rest * one(target.slope) : -rest;
@@ -132,12 +107,11 @@ LANES_FN float target_entry(float rest, const Columns& target) {
 
 template <bool kCap, bool kWrite, bool kStats>
 LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
-  Row row{chunk.logits + r * chunk.stride, chunk.bias, set1(chunk.scale), set1(0.0f), set1(chunk.softcap),
-          set1(kCap ? 1.0f / chunk.softcap : 0.0f)};
+  Row row{chunk.logits + r * chunk.stride, chunk.bias, squash_of(chunk.softcap, chunk.scale), set1(0.0f)};
   const int64_t y = chunk.target[r], vocab = chunk.vocab;
   const Lanes at_target = set1(row.logits[y] + (row.bias ? row.bias[y] : 0.0f));
   const float before = segment_max<kCap>(row, 0, y), after = segment_max<kCap>(row, y + 1, vocab);
-  const float own = one(ordered<kCap>(at_target, row));
+  const float own = one(ordered<kCap>(at_target, row.squash));
   const float others = before > after ? before : after;
   const float shift = own > others ? own : others;
   row.shift = set1(shift);
@@ -148,7 +122,7 @@ LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
   Sums sums;
   segment_exp<kCap, kWrite, kStats>(row, 0, y, sums);
   segment_exp<kCap, kWrite, kStats>(row, y + 1, vocab, sums);
-  const Columns target = columns_of<kCap>(at_target, row);
+  const Columns target = columns_of<kCap>(at_target, row.shift, row.squash);
   const float below = one(target.below);
   const double e = one(exp_of(target.below)), rest = sums.rest, total = rest + e;
   const bool is_max = below == 0.0f;
@@ -173,10 +147,10 @@ LANES_FN void epilogue_row(const EpilogueChunk& chunk, int64_t r, float* out) {
 // The stored row once more, from fresh logits and the shift and rest found before.
 template <bool kCap>
 LANES_FN void exponential_row(const EpilogueChunk& chunk, const float* shift, const float* rest, int64_t r) {
-  Row row{chunk.logits + r * chunk.stride, chunk.bias, set1(chunk.scale), set1(shift[r]), set1(chunk.softcap),
-          set1(kCap ? 1.0f / chunk.softcap : 0.0f)};
+  Row row{chunk.logits + r * chunk.stride, chunk.bias, squash_of(chunk.softcap, chunk.scale), set1(shift[r])};
   const int64_t y = chunk.target[r];
-  const Columns target = columns_of<kCap>(set1(row.logits[y] + (row.bias ? row.bias[y] : 0.0f)), row);
+  const Lanes at_target = set1(row.logits[y] + (row.bias ? row.bias[y] : 0.0f));
+  const Columns target = columns_of<kCap>(at_target, row.shift, row.squash);
   Sums unused;
   segment_exp<kCap, true, false>(row, 0, y, unused);
   segment_exp<kCap, true, false>(row, y + 1, chunk.vocab, unused);

@@ -1,11 +1,11 @@
-// Eight float lanes in AVX2 and FMA.
+// Eight float lanes in AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#define AVX2_TARGET __attribute__((target("avx2,fma")))
+#define AVX2_TARGET __attribute__((target("avx2,fma,f16c")))
 #define AVX2_INLINE AVX2_TARGET __attribute__((always_inline)) static inline
 
 namespace dpo_fast::lanes_avx2 {
@@ -20,6 +20,13 @@ AVX2_INLINE __m256i first(int64_t count) {
 
 AVX2_INLINE Lanes set1(float value) { return _mm256_set1_ps(value); }
 AVX2_INLINE Lanes load(const float* from) { return _mm256_loadu_ps(from); }
+AVX2_INLINE Lanes load_bf16(const uint16_t* from) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+AVX2_INLINE Lanes load_f16(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 AVX2_INLINE void store(float* to, Lanes value) { _mm256_storeu_ps(to, value); }
 AVX2_INLINE Lanes load_part(const float* from, int64_t count, Lanes fill) {
   const __m256i mask = first(count);

@@ -17,6 +17,13 @@ AVX512_INLINE __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u
 
 AVX512_INLINE Lanes set1(float value) { return _mm512_set1_ps(value); }
 AVX512_INLINE Lanes load(const float* from) { return _mm512_loadu_ps(from); }
+AVX512_INLINE Lanes load_bf16(const uint16_t* from) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+AVX512_INLINE Lanes load_f16(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
 AVX512_INLINE void store(float* to, Lanes value) { _mm512_storeu_ps(to, value); }
 AVX512_INLINE Lanes load_part(const float* from, int64_t count, Lanes fill) {
   return _mm512_mask_loadu_ps(fill, first(count), from);

@@ -6,6 +6,7 @@ namespace py = pybind11;
 namespace dpo_fast {
 void register_ema(py::module_& m);       // ema.cpp
 void register_epilogue(py::module_& m);  // epilogue.cpp
+void register_head(py::module_& m);      // head.cpp
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -17,4 +18,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   dpo_fast::register_ema(m);
   dpo_fast::register_epilogue(m);
+  dpo_fast::register_head(m);
 }

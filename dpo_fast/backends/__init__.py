@@ -7,8 +7,9 @@ from dpo_fast.backends.interface import (
     LinearHead,
     Needs,
     Saved,
+    buffer_bytes,
 )
-from dpo_fast.backends.select import NAMES, choose, triton_refusal
+from dpo_fast.backends.select import NAMES, choose, cpu_refusal, triton_refusal
 
 __all__ = [
     "NAMES",
@@ -18,6 +19,8 @@ __all__ = [
     "LinearHead",
     "Needs",
     "Saved",
+    "buffer_bytes",
     "choose",
+    "cpu_refusal",
     "triton_refusal",
 ]

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
+ROW_MULTIPLE = 48  # rows that a backend may round a number of rows up to
+
 
 class LinearHead(NamedTuple):
     """Everything between hidden states and ``z = scale * cap(x W^T + bias + lora)``."""
@@ -65,6 +67,11 @@ class Saved(NamedTuple):
     meta: Any
 
 
+def buffer_bytes(rows: int, row_bytes: int) -> int:
+    """Size of a buffer for ``rows`` rows of stored probabilities."""
+    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE * row_bytes
+
+
 class HeadForward(NamedTuple):
     """Result of a backend's forward."""
 
@@ -98,8 +105,8 @@ class HeadBackend(Protocol):
     ) -> HeadForward:
         """Log-probs of all rows. ``store``: probabilities may be kept for ``backward``.
 
-        ``buffer``: uint8 scratch of at least ``N * row_bytes``. What ``store`` keeps goes there;
-        the caller promises not to use it again before ``backward`` has run.
+        ``buffer``: uint8 scratch of at least ``buffer_bytes(N, row_bytes)``. What ``store`` keeps
+        goes there; the caller promises not to use it again before ``backward`` has run.
         """
         ...
 

@@ -7,10 +7,11 @@ from importlib.util import find_spec
 
 import torch
 
+from dpo_fast.backends.compiled import compiled
 from dpo_fast.backends.interface import HeadBackend
 from dpo_fast.backends.naive_backend import NaiveBackend
 
-NAMES = ("auto", "naive", "chunked", "triton")
+NAMES = ("auto", "naive", "chunked", "cpu", "triton")
 
 logger = logging.getLogger("dpo_fast")
 
@@ -32,6 +33,20 @@ def _triton() -> HeadBackend:
     from dpo_fast.backends.triton_backend import TritonBackend
 
     return TritonBackend()
+
+
+@cache
+def _cpu() -> HeadBackend:
+    from dpo_fast.backends.cpu_backend import CpuBackend
+
+    return CpuBackend()
+
+
+def cpu_refusal(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the compiled head of the CPU cannot run such inputs here; None if it can."""
+    from dpo_fast.backends.cpu_backend import refusal
+
+    return refusal(device_type, dtype)
 
 
 def triton_refusal(device_type: str, dtype: torch.dtype) -> str | None:
@@ -61,14 +76,29 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
         return _naive()
     if name == "chunked":
         return _chunked()
-    refusal = triton_refusal(device_type, dtype)
-    if name == "triton":
-        if refusal is not None:
-            raise ValueError(f"backend='triton' cannot run: {refusal}. Use backend='auto'.")
-        return _triton()
-    if device_type == "cuda" and refusal is None:
+    triton = triton_refusal(device_type, dtype)
+    cpu = cpu_refusal(device_type, dtype)
+    for asked, refusal, make in (("triton", triton, _triton), ("cpu", cpu, _cpu)):
+        if name == asked:
+            if refusal is not None:
+                raise ValueError(f"backend={name!r} cannot run: {refusal}. Use backend='auto'.")
+            return make()
+    return _automatic(device_type, dtype, triton, cpu)
+
+
+def _automatic(
+    device_type: str, dtype: torch.dtype, triton: str | None, cpu: str | None
+) -> HeadBackend:
+    """The best backend that does not refuse, with the reason in the log."""
+    backend, level = _chunked(), logging.INFO
+    reason = f"not triton: {triton}; not cpu: {cpu}"
+    if device_type == "cuda" and triton is None:
         backend, reason = _triton(), "a CUDA device and a dtype that the kernels take"
-    else:
-        backend, reason = _chunked(), f"not triton: {refusal}"
-    logger.info("LM head on %s, %s: backend %r (%s)", device_type, dtype, backend.name, reason)
+    elif cpu is None:
+        backend, reason = _cpu(), "CPU tensors and a processor it is compiled for"
+    elif device_type == "cpu" and compiled() is None:
+        level = logging.WARNING  # an installation that could be faster
+    logger.log(
+        level, "LM head on %s, %s: backend %r (%s)", device_type, dtype, backend.name, reason
+    )
     return backend

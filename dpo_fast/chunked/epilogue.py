@@ -3,28 +3,14 @@
 Legend: n rows of a chunk, V vocabulary.
 """
 
-import logging
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from dpo_fast.backends.compiled import compiled
 from dpo_fast.chunked import epilogue_torch
 from dpo_fast.chunked.epilogue_torch import EpilogueRows
-
-logger = logging.getLogger("dpo_fast")
-
-
-@cache
-def compiled() -> ModuleType | None:
-    """``dpo_fast._C`` if this installation has it; else None, said once."""
-    try:
-        from dpo_fast import _C
-    except ImportError as error:
-        logger.warning("CPU epilogue in torch operations, slower: %s (`dpo-fast doctor`)", error)
-        return None
-    return _C
 
 
 def _takes(chunk: Tensor) -> ModuleType | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_fast.backends import HeadBackend, HeadGrads, LinearHead, Needs
+from dpo_fast.backends import HeadBackend, HeadGrads, LinearHead, Needs, buffer_bytes
 from dpo_fast.backends.scratch import scratch
 from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
@@ -138,7 +138,8 @@ def run_groups(
     """All groups in order: the op's outputs and the unscaled gradients."""
     rows, backend = hidden.shape[0], job.backend
     groups, store = _plan(job, rows, head, needs)
-    size = max((g.rows for g in groups), default=0) * backend.row_bytes(head) if store else 0
+    most = max((g.rows for g in groups), default=0) if store else 0
+    size = buffer_bytes(most, backend.row_bytes(head))
     totals = HeadGrads()
     parts: list[_Scored] = []
     dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden)) if needs.hidden else None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dpo_fast.backends import LinearHead, choose
 from dpo_fast.naive import HeadLoRA
 
 LENGTHS = [3, 0, 5, 7, 2, 4, 6, 1, 0, 9]  # five pairs: an empty answer on either side
@@ -84,6 +85,12 @@ def make_case(
 def borders(lengths: Sequence[int] = LENGTHS) -> Tensor:
     """``cu_seqlens`` of these lengths."""
     return torch.tensor([0, *accumulate(lengths)])
+
+
+def workspace_of(rows: int, backend: str, vocab: int = 101) -> int:
+    """Bytes that ``rows`` rows of stored probabilities take, in float32 on the CPU."""
+    head = LinearHead(torch.empty(vocab, 1), None, None, 1.0, None)
+    return rows * choose(backend, "cpu", torch.float32).row_bytes(head)
 
 
 class SigmoidLoss:

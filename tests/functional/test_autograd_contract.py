@@ -10,6 +10,8 @@ from dpo_fast.functional import fused_linear_dpo, linear_logprobs, sequence_logp
 from dpo_fast.naive import naive_linear_logprobs
 from tests.functional.cases import SigmoidLoss, borders, gradients, make_case
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 MODES = [None, "store", "min-memory"]
 
 

@@ -19,7 +19,14 @@ def test_auto_logs_choice_and_reason_once(caplog):
     (record,) = [r for r in caplog.records if "LM head" in r.getMessage()]
     message = record.getMessage()
     assert "cpu" in message and "float32" in message
-    assert "'chunked'" in message and "not triton" in message
+    assert "'cpu'" in message and "processor" in message
+
+
+def test_auto_on_the_cpu_in_float64_says_why_not_the_compiled_head(caplog):
+    backends.choose.cache_clear()
+    with caplog.at_level(logging.INFO, logger="dpo_fast"):
+        assert backends.choose("auto", "cpu", torch.float64).name == "chunked"
+    assert "not cpu: it takes float32, bfloat16 and float16, not torch.float64" in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -31,37 +38,39 @@ def test_triton_by_name_raises_with_the_reason(monkeypatch):
         linear_logprobs(case.hidden, case.weight, case.target, backend="triton")
 
 
-@pytest.mark.parametrize("name", ["naive", "chunked"])
+@pytest.mark.parametrize("name", ["naive", "chunked", "cpu"])
 def test_names_are_obeyed(name):
     assert backends.choose(name, "cpu", torch.float32).name == name
 
 
 def test_every_backend_has_the_interface():
     members = {n for n in vars(backends.HeadBackend) if not n.startswith("_")} | {"name"}
-    for name in ("naive", "chunked"):
+    for name in ("naive", "chunked", "cpu"):
         backend = backends.choose(name, "cpu", torch.float32)
         assert all(hasattr(backend, member) for member in members)
-
-
-def test_without_the_compiled_module_torch_operations_do(monkeypatch, caplog):
-    from dpo_fast.chunked import epilogue
-
-    case = make_case(9, bias=True, softcap=3.0)
-    with_module = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
-    monkeypatch.setattr(epilogue, "compiled", lambda: None)
-    without = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
-    torch.testing.assert_close(with_module, without)
 
 
 def test_a_missing_module_is_said_once(monkeypatch, caplog):
     import sys
 
-    from dpo_fast.chunked import epilogue
+    from dpo_fast.backends.compiled import compiled
 
-    epilogue.compiled.cache_clear()
+    for cached in (compiled, backends.choose):
+        cached.cache_clear()
     monkeypatch.setitem(sys.modules, "dpo_fast._C", None)
     monkeypatch.delattr("dpo_fast._C", raising=False)
-    with caplog.at_level(logging.WARNING, logger="dpo_fast"):
-        assert epilogue.compiled() is None and epilogue.compiled() is None
-    assert len(caplog.records) == 1 and "doctor" in caplog.text
-    epilogue.compiled.cache_clear()
+    case = make_case(9, bias=True, softcap=3.0)
+    try:
+        with caplog.at_level(logging.WARNING, logger="dpo_fast"):
+            for _ in range(2):
+                without = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
+        (record,) = caplog.records
+        assert "'chunked'" in record.getMessage() and "doctor" in record.getMessage()
+        with pytest.raises(ValueError, match=r"backend='cpu' cannot run.*_C is missing"):
+            backends.choose("cpu", "cpu", torch.float32)
+    finally:
+        for cached in (compiled, backends.choose):
+            cached.cache_clear()
+    monkeypatch.undo()
+    with_module = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
+    torch.testing.assert_close(with_module, without)

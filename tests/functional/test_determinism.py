@@ -6,6 +6,8 @@ import torch
 from dpo_fast.functional import fused_linear_dpo, linear_logprobs, sequence_logprobs
 from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 PLANS = [{}, {"workspace": 16 * 4 * 112}, {"workspace": 1}, {"mode": "min-memory"}]
 
 

@@ -11,6 +11,8 @@ from dpo_fast.functional import linear_logprobs
 from dpo_fast.naive import naive_linear_logprobs
 from tests.tolerances import relative_error
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 GRADIENT = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 3e-5}
 
 

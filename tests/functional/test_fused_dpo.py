@@ -5,14 +5,16 @@ import torch
 
 from dpo_fast.functional import HeadLoRA, fused_linear_dpo
 from dpo_fast.naive import OUTPUTS, naive_linear_dpo, naive_linear_logprobs
-from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
+from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case, workspace_of
 from tests.tolerances import assert_three_way, relative_error
+
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
 
 HEADS = {
     "plain": {},
     "all": {"bias": True, "softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3, "rank": 4},
 }
-ROW = 4 * 112  # bytes of a stored row at V = 101 in float32
+ROW = 4 * 112  # bytes of a stored row at V = 101 in float32, in the chunked backend
 PLANS = {
     "one group": {},
     "groups": {"workspace": 16 * ROW},
@@ -112,14 +114,15 @@ def test_reference_without_a_weight_shares_the_policys_and_its_bias():
     assert not torch.allclose(own["ref_logps"], shared["ref_logps"])
 
 
-def test_groups_are_what_a_separable_loss_is_called_with():
+def test_groups_are_what_a_separable_loss_is_called_with(each_cpu_backend):
     case = make_case(37)
-    for plan, calls in (("one group", [5]), ("groups", [2, 2, 1]), ("a group a pair", [1] * 5)):
+    plans = {"workspace": workspace_of(16, each_cpu_backend)}, {"workspace": 1}, {}
+    for plan, calls in zip(plans, ([2, 2, 1], [1] * 5, [5]), strict=True):
         loss = SigmoidLoss()
-        run(fused_linear_dpo, case, {"ref_logps": torch.zeros(10)}, loss, **PLANS[plan])
+        run(fused_linear_dpo, case, {"ref_logps": torch.zeros(10)}, loss, **plan)
         assert loss.calls == calls, plan
         whole = SigmoidLoss(separable=False)
-        run(fused_linear_dpo, case, {"ref_logps": torch.zeros(10)}, whole, **PLANS[plan])
+        run(fused_linear_dpo, case, {"ref_logps": torch.zeros(10)}, whole, **plan)
         assert whole.calls == [5]
 
 

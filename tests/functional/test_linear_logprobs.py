@@ -10,6 +10,8 @@ from dpo_fast.naive import naive_linear_logprobs
 from tests.functional.cases import make_case
 from tests.tolerances import assert_three_way, relative_error
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS = {
     "plain": {},

@@ -5,10 +5,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from dpo_fast.backends import buffer_bytes, cpu_refusal
 from dpo_fast.backends.scratch import scratch
 from dpo_fast.chunked import chunks
 from dpo_fast.functional import fused_linear_dpo, linear_logprobs
-from tests.functional.cases import SigmoidLoss, borders, make_case
+from tests.functional.cases import SigmoidLoss, borders, make_case, workspace_of
 
 N, H, V = 256, 16, 2048
 GEMM = 2 * N * H * V
@@ -56,7 +57,7 @@ def case_of(**kwargs):
     return make_case(N, H, V, **kwargs)
 
 
-def fused(case, **options):
+def fused(case, backend="chunked", **options):
     cu = borders([N // 8] * 8)
     return fused_linear_dpo(
         case.hidden,
@@ -66,12 +67,13 @@ def fused(case, **options):
         ref_hidden=case.hidden.detach(),
         ref_weight=case.weight.detach(),
         loss=SigmoidLoss(),
+        backend=backend,
         **options,
     )
 
 
-def linear(case, **options):
-    return linear_logprobs(case.hidden, case.weight, case.target, **options)
+def linear(case, backend="chunked", **options):
+    return linear_logprobs(case.hidden, case.weight, case.target, backend=backend, **options)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def linear(case, **options):
         (linear, {"mode": "min-memory"}, 16 * ROW),
         (linear, {"workspace": 0}, 16 * ROW),
         (fused, {"mode": "min-memory"}, 16 * ROW),
-        (fused, {"workspace": 64 * ROW}, 64 * ROW),
+        (fused, {"workspace": 64 * ROW}, buffer_bytes(64, ROW)),
     ],
 )
 def test_no_allocation_beyond_the_workspace(op, options, limit):
@@ -100,6 +102,22 @@ def test_frozen_head_and_evaluation_use_one_chunk(op):
         with torch.no_grad():
             op(case)
     assert seen.bytes == 16 * ROW
+
+
+@pytest.mark.skipif(cpu_refusal("cpu", torch.float32) is not None, reason="no compiled head")
+@pytest.mark.parametrize("op", [linear, fused])
+def test_the_compiled_head_keeps_to_the_workspace(op):
+    case = case_of()
+    row = workspace_of(1, "cpu", V)
+    plans = [({"mode": "min-memory"}, N * ROW / 2)]
+    if op is fused:
+        plans.append(({"workspace": 64 * row}, buffer_bytes(64, row)))
+    for options, limit in plans:
+        scratch.release()
+        with LargestAllocation(known=(case.hidden, case.weight)) as seen:
+            out = op(case, backend="cpu", **options)
+            (out if op is linear else out.loss).sum().backward()
+        assert 16 * row < seen.bytes <= limit < N * ROW
 
 
 FLOPS = {

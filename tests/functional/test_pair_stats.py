@@ -5,9 +5,11 @@ import torch
 
 from dpo_fast.functional import fused_linear_dpo, linear_logprobs
 from dpo_fast.losses import PairStats, build_loss
-from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
+from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case, workspace_of
 
-PLANS = {"one group": {}, "groups": {"workspace": 16 * 4 * 112}, "again": {"mode": "min-memory"}}
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
+PLANS = {"one group": {}, "groups": {"workspace": 16 * 4 * 241}, "again": {"mode": "min-memory"}}
 REF = torch.tensor([-9.0, 0.0, -20.0, -25.0, -8.0, -15.0, -22.0, -4.0, 0.0, -30.0])
 LENGTH = torch.tensor(LENGTHS, dtype=torch.float32)
 
@@ -87,7 +89,7 @@ def test_given_statistics_are_not_replaced():
     torch.testing.assert_close(output.losses, nll * 7 / 40)
 
 
-def test_callable_statistics_see_each_group():
+def test_callable_statistics_see_each_group(each_cpu_backend):
     case = make_case(37)
     seen = []
 
@@ -106,7 +108,7 @@ def test_callable_statistics_see_each_group():
         loss=build_loss("ipo", beta=0.2),
         stats=stats,
         outputs=("entropy",),
-        **PLANS["groups"],
+        workspace=workspace_of(16, each_cpu_backend),
     )
     assert [g.pairs for g in seen] == [slice(0, 2), slice(2, 4), slice(4, 5)]
     logps = linear_logprobs(case.hidden, case.weight, case.target)

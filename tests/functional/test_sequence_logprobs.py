@@ -9,6 +9,8 @@ from dpo_fast.naive import naive_sequence_logprobs
 from tests.functional.cases import borders, gradients, make_case
 from tests.tolerances import assert_three_way
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,6 +10,8 @@ from dpo_fast.naive import OUTPUTS, naive_linear_logprobs
 from tests.functional.cases import make_case
 from tests.tolerances import assert_three_way
 
+pytestmark = pytest.mark.usefixtures("each_cpu_backend")
+
 HEADS = {
     "plain": {},
     "all": {"bias": True, "softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3, "rank": 4},

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 
@@ -61,7 +62,14 @@ def triton_refusal(device_type: str, dtype: torch.dtype) -> str | None:
     return refusal(device_type, dtype)
 
 
-@cache
+_FACTORIES: dict[str, Callable[[], HeadBackend]] = {
+    "naive": _naive,
+    "chunked": _chunked,
+    "triton": _triton,
+    "cpu": _cpu,
+}
+
+
 def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
     """The backend called ``name`` for tensors of this device type and dtype.
 
@@ -70,35 +78,50 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
     Raises:
         ValueError: unknown name, or a backend asked for by name that cannot run.
     """
+    return _FACTORIES[resolve(name, device_type, dtype)]()
+
+
+def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the backend that :func:`choose` returns."""
+    return _resolve(name, device_type, dtype)
+
+
+# What torch.compiler.assume_constant_result sets, without importing dynamo: a traced call takes the
+# name as it is at that moment instead of following the probes below.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def forget() -> None:
+    """The next choice is made, and logged, anew."""
+    _resolve.cache_clear()
+
+
+@cache
+def _resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
     if name not in NAMES:
         raise ValueError(f"backend={name!r} is unknown; use one of {', '.join(map(repr, NAMES))}")
-    if name == "naive":
-        return _naive()
-    if name == "chunked":
-        return _chunked()
-    triton = triton_refusal(device_type, dtype)
-    cpu = cpu_refusal(device_type, dtype)
-    for asked, refusal, make in (("triton", triton, _triton), ("cpu", cpu, _cpu)):
-        if name == asked:
-            if refusal is not None:
-                raise ValueError(f"backend={name!r} cannot run: {refusal}. Use backend='auto'.")
-            return make()
-    return _automatic(device_type, dtype, triton, cpu)
+    if name in ("naive", "chunked"):
+        return name
+    refusals = {
+        "triton": triton_refusal(device_type, dtype),
+        "cpu": cpu_refusal(device_type, dtype),
+    }
+    if name == "auto":
+        return _automatic(device_type, dtype, refusals["triton"], refusals["cpu"])
+    if refusals[name] is not None:
+        raise ValueError(f"backend={name!r} cannot run: {refusals[name]}. Use backend='auto'.")
+    return name
 
 
-def _automatic(
-    device_type: str, dtype: torch.dtype, triton: str | None, cpu: str | None
-) -> HeadBackend:
+def _automatic(device_type: str, dtype: torch.dtype, triton: str | None, cpu: str | None) -> str:
     """The best backend that does not refuse, with the reason in the log."""
-    backend, level = _chunked(), logging.INFO
+    backend, level = "chunked", logging.INFO
     reason = f"not triton: {triton}; not cpu: {cpu}"
     if device_type == "cuda" and triton is None:
-        backend, reason = _triton(), "a CUDA device and a dtype that the kernels take"
+        backend, reason = "triton", "a CUDA device and a dtype that the kernels take"
     elif cpu is None:
-        backend, reason = _cpu(), "CPU tensors and a processor it is compiled for"
+        backend, reason = "cpu", "CPU tensors and a processor it is compiled for"
     elif device_type == "cpu" and compiled() is None:
         level = logging.WARNING  # an installation that could be faster
-    logger.log(
-        level, "LM head on %s, %s: backend %r (%s)", device_type, dtype, backend.name, reason
-    )
+    logger.log(level, "LM head on %s, %s: backend %r (%s)", device_type, dtype, backend, reason)
     return backend

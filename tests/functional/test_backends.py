@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from dpo_fast import backends
+from dpo_fast.backends.select import forget
 from dpo_fast.functional import linear_logprobs
 from tests.functional.cases import make_case
 
 
 def test_auto_logs_choice_and_reason_once(caplog):
-    backends.choose.cache_clear()
+    forget()
     case = make_case(3)
     with caplog.at_level(logging.INFO, logger="dpo_fast"):
         for _ in range(3):
@@ -23,7 +24,7 @@ def test_auto_logs_choice_and_reason_once(caplog):
 
 
 def test_auto_on_the_cpu_in_float64_says_why_not_the_compiled_head(caplog):
-    backends.choose.cache_clear()
+    forget()
     with caplog.at_level(logging.INFO, logger="dpo_fast"):
         assert backends.choose("auto", "cpu", torch.float64).name == "chunked"
     assert "not cpu: it takes float32, bfloat16 and float16, not torch.float64" in caplog.text
@@ -32,7 +33,7 @@ def test_auto_on_the_cpu_in_float64_says_why_not_the_compiled_head(caplog):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_triton_by_name_raises_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # where kernels may run on the CPU
-    backends.choose.cache_clear()
+    forget()
     case = make_case(3)
     with pytest.raises(ValueError, match=r"backend='triton' cannot run.*'cpu'.*backend='auto'"):
         linear_logprobs(case.hidden, case.weight, case.target, backend="triton")

@@ -56,8 +56,7 @@ def test_a_missing_module_is_said_once(monkeypatch, caplog):
 
     from dpo_fast.backends.compiled import compiled
 
-    for cached in (compiled, backends.choose):
-        cached.cache_clear()
+    compiled.cache_clear(), forget()
     monkeypatch.setitem(sys.modules, "dpo_fast._C", None)
     monkeypatch.delattr("dpo_fast._C", raising=False)
     case = make_case(9, bias=True, softcap=3.0)
@@ -70,8 +69,7 @@ def test_a_missing_module_is_said_once(monkeypatch, caplog):
         with pytest.raises(ValueError, match=r"backend='cpu' cannot run.*_C is missing"):
             backends.choose("cpu", "cpu", torch.float32)
     finally:
-        for cached in (compiled, backends.choose):
-            cached.cache_clear()
+        compiled.cache_clear(), forget()
     monkeypatch.undo()
     with_module = linear_logprobs(case.hidden, case.weight, case.target, **case.kwargs)
     torch.testing.assert_close(with_module, without)

@@ -131,3 +131,19 @@ def test_packed_rows_outside_the_attention_are_refused() -> None:
     batch = collators()["shared_prefix"](AWKWARD)
     with pytest.raises(SegmentsIgnored, match="segment_attention_in"):
         forward_scored(model, batch, lambda hidden, head: hidden)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_no_mask_of_the_whole_row_is_made(family: str) -> None:
+    model = tiny_model(family, **CONFIGS.get(family, {}))
+    seen = []
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+            )
+    run_step(model, collators()["shared_prefix"](AWKWARD))
+    assert len(seen) == 2
+    for args, kwargs in seen:
+        masks = [x for x in (*args, *kwargs.values()) if getattr(x, "dtype", None) == torch.bool]
+        assert [mask.numel() for mask in masks] == [1]

@@ -97,3 +97,29 @@ def test_two_ranks_with_a_budget_take_the_steps_of_one(tmp_path: Path) -> None:
     assert pairs == [18, 18] and max(tokens) / min(tokens) < 1.1
     assert len(forwards[0]) == len(forwards[1])
     assert any(n == 0 for rank in forwards for n, _ in rank)  # a rank had nothing left to do
+
+
+def test_segments_pass_the_hooks_of_fsdp2(tmp_path: Path) -> None:
+    """Hooks that cast and move a layer's arguments hand the segments on untouched."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from tests.layouts.compare import AWKWARD, collators, global_error, run_step
+    from tests.tiny import tiny_model
+
+    batch = collators()["shared_prefix"](AWKWARD)
+    plain = run_step(tiny_model("llama").train(), batch)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_model("llama").train()
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+        policy = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=True)
+        for layer in model.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        sharded = run_step(model, batch)
+        grads = {name: grad.full_tensor() for name, grad in sharded.grads.items()}
+    finally:
+        dist.destroy_process_group()
+    assert global_error(grads, plain.grads) < 1e-6

@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _BELOW = "_dpo_fast_forward_below_logprobs"
 _SETTINGS = "_dpo_fast_logprob_settings"
+_MARK = "_dpo_fast_logprobs"  # on the function that is the patched forward
 
 
 @dataclass
@@ -96,7 +97,7 @@ def patch_model(
     check_scalars(None, 1.0, temperature, None, None, None)
     settings = _Settings(temperature, names, backend)
     lm = base_causal_lm(model)
-    present: _Settings | None = getattr(lm, _SETTINGS, None)
+    present = _settings_of(lm)
     if present is not None:
         if present[:3] != settings[:3]:
             raise ValueError(
@@ -117,17 +118,37 @@ def patch_model(
 
 
 def unpatch_model(model: Model) -> Model:
-    """Give the instance the forward that it had before :func:`patch_model`; returns ``model``."""
+    """Give the instance the forward that it had before :func:`patch_model`; returns ``model``.
+
+    Raises:
+        RuntimeError: another wrapper lies around the patched forward (accelerate's autocast).
+    """
     lm = base_causal_lm(model)
-    settings: _Settings | None = getattr(lm, _SETTINGS, None)
+    settings = _settings_of(lm)
     if settings is None:
         return model
+    if not hasattr(getattr(lm.forward, "__func__", None), _MARK):
+        raise RuntimeError(
+            f"The patched forward of {type(lm).__name__} is wrapped by something else: take that "
+            "off first, e.g. accelerator.unwrap_model(model, keep_fp32_wrapper=False)."
+        )
     lm.forward = getattr(lm, _BELOW)
     delattr(lm, _BELOW)
     delattr(lm, _SETTINGS)
     if not settings.scoring_was_installed:
         uninstall_scoring(lm)
     return model
+
+
+def _settings_of(lm: Any) -> _Settings | None:
+    """The settings of a model that is patched; marks that a removed forward left are cleared."""
+    settings: _Settings | None = getattr(lm, _SETTINGS, None)
+    if settings is not None and "forward" not in lm.__dict__:
+        # uninstall_scoring, for one, takes off whatever forward the instance has
+        delattr(lm, _BELOW)
+        delattr(lm, _SETTINGS)
+        return None
+    return settings
 
 
 def _check_model(lm: Any) -> None:
@@ -158,6 +179,7 @@ def _patched_forward(model_class: type) -> Any:
 
     # `generate` validates its arguments against the forward's signature.
     forward.__signature__ = inspect.signature(model_class.forward)  # type: ignore[attr-defined]
+    setattr(forward, _MARK, True)
     return forward
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dpo_fast
-from dpo_fast.models import install_scoring
+from dpo_fast.models import install_scoring, uninstall_scoring
 from tests.tiny import FAMILIES, tiny_model
 
 B, T = 3, 11
@@ -191,6 +191,27 @@ def test_unpatch_leaves_a_trainers_scoring_alone() -> None:
     assert model(**batch(), scoring=lambda hidden, head: hidden.shape).value == (B, T, 32)
 
 
+def test_patch_survives_uninstall_scoring() -> None:
+    """What takes off the forward takes off the patch: unpatching is done, patching works again."""
+    for again in (dpo_fast.unpatch_model, dpo_fast.patch_model):
+        model = dpo_fast.patch_model(tiny_model())
+        uninstall_scoring(model)
+        again(model)
+        assert model(**batch()).logits.shape[:2] == (B, T)
+    assert_same(model, batch())
+
+
+def test_a_wrapper_around_the_patch_comes_off_first() -> None:
+    model = dpo_fast.patch_model(tiny_model())
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="wrapped by something else"):
+        dpo_fast.unpatch_model(model)
+    assert model(**batch(), return_logprobs=True).logps.shape == (B, T - 1)
+    model.forward = inner
+    assert "forward" not in dpo_fast.unpatch_model(model).__dict__
+
+
 def test_a_deepcopy_scores_itself() -> None:
     model = dpo_fast.patch_model(tiny_model())
     twin = copy.deepcopy(model)
@@ -244,5 +265,8 @@ def test_calls_that_cannot_work() -> None:
         dpo_fast.patch_model(tiny_model(), temperature=0.0)
     with pytest.raises(ValueError, match="unknown"):
         dpo_fast.patch_model(tiny_model(), outputs=("logits",))
+    other = dpo_fast.patch_model(tiny_model(), backend="no-such")
+    with pytest.raises(ValueError, match="no-such"):
+        other(**data, return_logprobs=True)
     with pytest.raises(ValueError, match="Linear has no LM head"):
         dpo_fast.patch_model(nn.Linear(2, 2))

@@ -208,3 +208,8 @@ def test_entropy_gradient_of_a_gathered_head(
     monkeypatch.setattr("trl.trainer.utils.maybe_gather_lm_head_ctx", gather)
     out[1].sum().backward()
     assert asked == ["available", "available"]
+
+
+def test_the_backend_is_obeyed_or_refused() -> None:
+    with pytest.raises(ValueError, match="no-such"):
+        call(FusedLogProbs(ChunkedLogProbFunction, "no-such"), inputs(), {})

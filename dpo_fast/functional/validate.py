@@ -19,7 +19,13 @@ def _shape(tensor: Tensor) -> str:
 
 
 def check_floating(tensor: Tensor, name: str, dim: int, legend: str) -> None:
-    """A floating tensor with ``dim`` dimensions."""
+    """A floating tensor with ``dim`` dimensions, whole on this rank."""
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"{name} is a DTensor with placements {tensor.placements}, and the ops compute with "
+            "plain memory: under FSDP2 leave the LM head to fully_shard(model), whose forward "
+            "gathers it, instead of sharding it apart; elsewhere pass .full_tensor()"
+        )
     if tensor.dim() != dim or not tensor.is_floating_point():
         raise ValueError(
             f"{name} is {_shape(tensor)} of {tensor.dtype}; it must be a floating {legend} tensor"

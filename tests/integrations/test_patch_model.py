@@ -250,6 +250,38 @@ def test_under_ddp(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_under_fsdp2(tmp_path: Any) -> None:
+    """Layers and root sharded: the root's hooks gather the head. Sharded apart, it is refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain = tiny_model()
+    expected = from_logits(plain, batch())
+    expected_grads = gradients(plain, expected)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model, apart = (dpo_fast.patch_model(tiny_model()) for _ in range(2))
+        fully_shard(apart.lm_head, mesh=mesh)
+        for lm in (model, apart):
+            for layer in lm.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(lm, mesh=mesh)
+        logps = model(**batch(), return_logprobs=True).logps
+        grads = gradients(model, logps)
+        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=2e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(
+                grad.full_tensor(), expected_grads[name], rtol=1e-4, atol=1e-4
+            )
+        with pytest.raises(ValueError, match="leave the LM head to fully_shard"):
+            apart(**batch(), return_logprobs=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_calls_that_cannot_work() -> None:
     model = dpo_fast.patch_model(tiny_model())
     data = batch()

@@ -77,9 +77,9 @@ def patch_model(
     the forward is the model's own, so that ``generate`` and evaluation are unchanged.
 
     The scoring runs inside of the model's forward: wrappers (PEFT before or after, DDP) pass the
-    keywords on, and the hooks of FSDP2 that gather the root's parameters are in force (a head that
-    is sharded apart from the root is refused). Call it before ``accelerator.prepare``. A PEFT prompt adapter that lengthens the rows lengthens the answer, on
-    the left.
+    keywords on, and FSDP2's hooks gather the root's parameters first (a head that is sharded apart
+    from the root is refused). Call it before ``accelerator.prepare``. A PEFT prompt adapter that
+    lengthens the rows lengthens the answer, on the left.
 
     Args:
         model: a causal LM of transformers, in any wrapper.

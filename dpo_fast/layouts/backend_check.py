@@ -6,6 +6,7 @@ they know windows and soft caps. A small case decides; it costs milliseconds, on
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,12 @@ def _compare(
         for run, dtype in ((attend, query.dtype), (sdpa_segments, torch.float32)):
             # The reference sees the inputs as rounded to the backend's dtype.
             at = [x.to(query.device, query.dtype).to(dtype).requires_grad_() for x in leaves]
-            options = {"softcap": softcap} if run is sdpa_segments else {}
+            options: dict[str, Any] = {"softcap": softcap} if run is sdpa_segments else {}
             with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-                out = run(*at, segments, scale=query.shape[-1] ** -0.5, window=window, **options)
+                attend_once: Any = run
+                out = attend_once(
+                    *at, segments, scale=query.shape[-1] ** -0.5, window=window, **options
+                )
                 grads = torch.autograd.grad(out, at, upstream.to(out))
             results.append([x.detach().float() for x in (out, *grads)])
         eps = 32 * torch.finfo(query.dtype).eps

@@ -67,6 +67,9 @@ class TrainerLoop:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         trainer.current_gradient_accumulation_steps = 1
+        if hasattr(trainer, "layout_attention"):  # train() would be inside
+            self.attention = trainer.layout_attention()
+            self.attention.__enter__()
 
     def loss(self, rows: list[Row]) -> Tensor:
         trainer = self.trainer
@@ -76,7 +79,10 @@ class TrainerLoop:
 
 
 def build(variant: str, shape: ModelShape) -> tuple[Any, nn.Module]:
-    """The variant and its policy; the same weights for all."""
+    """The variant and its policy; the same weights for all.
+
+    ``dpo_fast`` has padded rows, like the others; a layout's name stands for dpo_fast in it.
+    """
     policy, ref = make_model(shape, seed=0), make_model(shape, seed=1)
     policy.train()
     if variant == "naive":
@@ -99,7 +105,8 @@ def build(variant: str, shape: ModelShape) -> tuple[Any, nn.Module]:
     else:
         import dpo_fast
 
-        config = dpo_fast.DPOConfig(**common, logging_steps=1000, batch_layout="padded")
+        layout = "padded" if variant == "dpo_fast" else variant
+        config = dpo_fast.DPOConfig(**common, logging_steps=1000, batch_layout=layout)
         trainer_class = dpo_fast.Trainer
     trainer = trainer_class(
         policy, ref, args=config, train_dataset=text_rows(), processing_class=tokenizer()

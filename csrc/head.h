@@ -61,8 +61,8 @@ struct HeadShape {
   int64_t width, all_blocks;
 };
 
-constexpr int64_t kTile = 240;  // columns of the vocabulary: a multiple of every kernel's height
-constexpr int64_t kSlabs = 8;   // independent parts of the vocabulary in the forward
+constexpr int64_t kTile = 240;     // columns of the vocabulary: a multiple of every kernel's height
+constexpr int64_t kMaxSlabs = 16;  // independent parts of the vocabulary in the forward
 
 bool head_available(LaneSet lanes);
 HeadShape head_shape(const HeadProblem& problem, LaneSet lanes);

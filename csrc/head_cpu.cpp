@@ -76,18 +76,22 @@ HeadKernels kernels_for(LaneSet lanes, const HeadProblem& problem, bool statisti
 }
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t slabs_of(const HeadShape& shape) { return std::min(kSlabs, shape.tiles); }
+// A function of the sizes of the head alone, so that results are, too. Each slab has a dX of its own: fewer where it is
+// wide.
+int64_t slabs_of(const HeadShape& shape) {
+  return std::min(shape.all_blocks * shape.width <= 1024 ? kMaxSlabs : kMaxSlabs / 2, shape.tiles);
+}
 int64_t panel_floats(const HeadShape& shape) { return shape.all_blocks * shape.width * shape.panel; }
 int64_t tile_floats(const HeadShape& shape) { return shape.all_blocks * shape.width * kTile; }
 int64_t e_floats(const HeadShape& shape) { return kTile * shape.panel; }
 
-// Hands out pieces of scratch, each on a cache line of its own.
+// Hands out pieces of scratch, each on a cache line of its own; from address 0 on it only counts.
 struct Carver {
-  char* at;
+  uintptr_t at;
   template <typename T>
   T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(at);
-    at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    at += (count * sizeof(T) + 63) / 64 * 64;
     return piece;
   }
 };
@@ -107,11 +111,11 @@ struct ForwardScratch {
   float *x, *at_target, *dx, *threads;
   PanelState* states;
   int64_t thread_floats;
-  char* end;
+  uintptr_t end;
 };
 
 ForwardScratch carve_forward(const HeadProblem& problem, const HeadShape& shape, int num_threads, void* scratch) {
-  Carver carver{static_cast<char*>(scratch)};
+  Carver carver{reinterpret_cast<uintptr_t>(scratch)};
   ForwardScratch found{};
   found.x = carver.take<float>(shape.panels * panel_floats(shape));
   found.at_target = carver.take<float>(problem.rows);
@@ -127,11 +131,11 @@ ForwardScratch carve_forward(const HeadProblem& problem, const HeadShape& shape,
 struct BackwardScratch {
   float *x, *threads;
   int64_t group, thread_floats, scaled, factor, w;
-  char* end;
+  uintptr_t end;
 };
 
 BackwardScratch carve_backward(const HeadShape& shape, int num_threads, void* scratch) {
-  Carver carver{static_cast<char*>(scratch)};
+  Carver carver{reinterpret_cast<uintptr_t>(scratch)};
   BackwardScratch found{};
   found.group = std::max<int64_t>(1, std::min(kGroupPanels, shape.panels));
   found.x = carver.take<float>(shape.panels * panel_floats(shape));
@@ -164,7 +168,7 @@ class Merge {
     float shift = -INFINITY;
     for (int64_t s = 0; s < slabs; ++s) shift = std::max(shift, state(s, panel).shift[lane]);
     const double unit = problem_.softcap != 0.0f ? 1.0 : problem_.scale;
-    double factor[kSlabs], rest = 0;
+    double factor[kMaxSlabs], rest = 0;
     for (int64_t s = 0; s < slabs; ++s) {
       const float own = state(s, panel).shift[lane];
       factor[s] = own == shift ? 1.0 : std::exp(unit * (static_cast<double>(own) - shift));
@@ -223,8 +227,10 @@ class Merge {
         const int64_t at = s * wave_panels(problem_, shape_) + panel - wave_panel;
         const float* from = scratch_.dx + at * panel_floats(shape_) + (first * shape_.panel + lane) * shape_.width;
         const float f = static_cast<float>(factor[s]);
-        for (int64_t k = 0; k < source.cols; ++k)
-          to[k] += f * from[k / shape_.width * shape_.panel * shape_.width + k % shape_.width];
+        for (int64_t k = 0; k < source.cols; k += shape_.width, from += shape_.panel * shape_.width) {
+          const int64_t some = std::min(shape_.width, source.cols - k);
+          for (int64_t i = 0; i < some; ++i) to[k + i] += f * from[i];
+        }
       }
       kernels_.add_weight_row(source, problem_.target[row], own, to);
     }
@@ -268,11 +274,11 @@ int64_t head_stored_floats(const HeadShape& shape) {
 }
 
 int64_t head_forward_scratch(const HeadProblem& problem, LaneSet lanes, int num_threads) {
-  return carve_forward(problem, head_shape(problem, lanes), num_threads, nullptr).end - static_cast<char*>(nullptr);
+  return static_cast<int64_t>(carve_forward(problem, head_shape(problem, lanes), num_threads, nullptr).end);
 }
 
 int64_t head_backward_scratch(const HeadProblem& problem, LaneSet lanes, int num_threads) {
-  return carve_backward(head_shape(problem, lanes), num_threads, nullptr).end - static_cast<char*>(nullptr);
+  return static_cast<int64_t>(carve_backward(head_shape(problem, lanes), num_threads, nullptr).end);
 }
 
 void head_forward(const HeadProblem& problem, float* out, float* stored, bool statistics, void* scratch, LaneSet lanes,

@@ -19,6 +19,12 @@ LANES_FN void find_hits(const HeadProblem& problem, int64_t first, int64_t valid
   }
 }
 
+LANES_FN void add_bias(const float* bias, int64_t count, float* e) {
+  for (int64_t v = 0; v < count; ++v)
+    for (int64_t c = 0; c < kPanel; c += kLanes)
+      store(e + v * kPanel + c, add(load(e + v * kPanel + c), set1(bias[v])));
+}
+
 // Maximum of each row over the tile, of a; NaN is passed over.
 LANES_FN void tile_max(const float* e, int64_t count, float* most) {
   for (int64_t c = 0; c < kPanel; c += kLanes) {
@@ -137,10 +143,7 @@ LANES_FN bool panel_forward(const HeadProblem& problem, int64_t first, int64_t s
   const int64_t valid = problem.rows - first < kPanel ? problem.rows - first : kPanel;
   Hits hits;
   find_hits(problem, first, valid, start, count, hits);
-  if (problem.bias)
-    for (int64_t v = 0; v < count; ++v)
-      for (int64_t c = 0; c < kPanel; c += kLanes)
-        store(e + v * kPanel + c, add(load(e + v * kPanel + c), set1(problem.bias[start + v])));
+  if (problem.bias) add_bias(problem.bias + start, count, e);
   alignas(64) float most[kPanel], old_shift[kPanel];
   tile_max(e, count, most);
   if (hits.any)
@@ -167,10 +170,7 @@ LANES_FN void panel_again(const HeadProblem& problem, const float* shift, int64_
   find_hits(problem, first, valid, start, count, hits);
   alignas(64) float shifts[kPanel];
   for (int64_t i = 0; i < kPanel; ++i) shifts[i] = i < valid ? shift[first + i] : 0.0f;
-  if (problem.bias)
-    for (int64_t v = 0; v < count; ++v)
-      for (int64_t c = 0; c < kPanel; c += kLanes)
-        store(e + v * kPanel + c, add(load(e + v * kPanel + c), set1(problem.bias[start + v])));
+  if (problem.bias) add_bias(problem.bias + start, count, e);
   alignas(64) TileSums unused;
   exponentiate<kCap, false, true>(e, count, valid, shifts, squash, hits, unused);
 }

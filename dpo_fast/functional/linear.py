@@ -46,7 +46,8 @@ def linear_logprobs(
         lora: adapter on the head, ``x W^T + scale * (x a^T) b^T``.
         outputs: statistics to return as well, out of "entropy", "mean_logit", "is_top1",
             "log_sum_sq_probs"; they carry no gradient.
-        backend: "auto" (chosen once, logged), or "chunked", "naive", "triton": obeyed or refused.
+        backend: "auto" (chosen once, logged), or "cpu", "chunked", "naive", "triton": obeyed or
+            refused with the reason.
         mode: "store" keeps the probabilities for a trained head's gradient, "min-memory" computes
             them again (one more GEMM); None stores what fits into ``workspace``.
         workspace: bytes that stored probabilities may occupy; None: at least 64 MiB on the CPU,

@@ -21,13 +21,14 @@ class Settings:
     sft_batch: int = 32
     sft_learning_rate: float = 4e-3
     # DPO
-    steps: int = 220
+    steps: int = 360
     batch: int = 32
     beta: float = 0.5
+    likelihood_weight: float = 0.3  # of the chosen answers, so that the model goes on speaking
     learning_rate: float = 2e-3
-    warmup_steps: int = 20
-    eval_steps: int = 44
-    lora_rank: int = 16
+    warmup_steps: int = 36
+    eval_steps: int = 72
+    lora_rank: int = 32
     lora_learning_rate: float = 5e-3
     ema_alpha: float = 0.6
     ema_every: int = 32

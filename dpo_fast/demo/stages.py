@@ -161,6 +161,8 @@ def dpo_arguments(name: str, root: Path, settings: Settings) -> DPOConfig:
         ref_model_mixup_alpha=settings.ema_alpha,
         ref_model_sync_steps=settings.ema_every,
         beta=settings.beta,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, settings.likelihood_weight],
         learning_rate=settings.lora_learning_rate if name == "adapter" else settings.learning_rate,
         warmup_steps=settings.warmup_steps,
         max_steps=settings.steps,

@@ -47,6 +47,7 @@ def run(
     store: bool = True,
     frozen: bool = False,
     stats: bool = False,
+    wide: bool = False,
     upstream: Tensor | None = None,
 ) -> Result:
     """Forward and backward of the kernels on a case."""
@@ -74,7 +75,7 @@ def run(
     )
     held = kernels.forward(problem, case.target, wanted=wanted, stats=stats, store=store)
     dlogps = upstream_of(case) if upstream is None else upstream
-    grads = kernels.backward(problem, held, dlogps, wanted)
+    grads = kernels.backward(problem, held, dlogps, wanted, Gradients() if wide else None)
     named = {n: g for n, g in zip(Gradients._fields, grads, strict=True) if g is not None}
     state = held.scored.state
     found = {} if state.stats is None else dict(zip(STATISTICS, state.stats, strict=True))

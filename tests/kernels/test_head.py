@@ -175,3 +175,18 @@ def test_low_rank_tail_is_exact_in_sixteen_bits():
     tail_x, tail_w, _ = low_rank_tail(x, torch.bfloat16, None, bias)
     found = tail_x.double() @ tail_w.double().T
     torch.testing.assert_close(found, bias.double().expand(40, 50), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])
+@pytest.mark.parametrize("store", [True, False], ids=["stored", "recomputed"])
+def test_float16_head_gradients_neither_underflow_nor_overflow(store, size):
+    """v X alone would leave float16's range; the head's gradients may be float32."""
+    case = small_case("lora", torch.float16)
+    upstream = torch.full((19,), size)
+    ours, right = (
+        run(case, "cublas", store=store, upstream=upstream, wide=True),
+        gold(case, upstream=upstream),
+    )
+    for name in ("weight", "lora_b"):
+        assert ours.grads[name].dtype == torch.float32
+        assert relative_error(ours.grads[name], right.grads[name]) < 1e-3, name

@@ -1,0 +1,172 @@
+"""The LM head of one DPO step on a GPU: ours against the GEMMs alone, the naive loop and the peers.
+
+    python -m benchmarks.head_gpu [--models llama-3-8b ..] [--rows 2048 8192 32768] [--seconds 480]
+
+One part is a model, a number of rows and a setting (full or frozen head, online or precomputed
+reference). Parts that benchmarks/results/head_gpu.json already holds for this commit are skipped,
+and no new one is started after --seconds, so that the whole can be run in several calls.
+
+Within a part the providers take turns, round after round; times are medians over the rounds,
+ratios medians of the ratios within a round. Before it is timed, the first of ours is checked
+against float64 on some rows. "gemms" are the setting's GEMMs alone at cuBLAS speed: the floor.
+Liger's DPO loss runs over padded rows ([2P, T]: 40 % of the real tokens prompt, 30 % padding), as
+it must; all others over the scored rows.
+
+TFLOP/s count 2 N V H for each GEMM of "gemms", whatever a provider does.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from itertools import product
+from typing import Any
+
+import torch
+from triton.errors import TritonError
+
+from benchmarks.head_providers import MODELS, PROVIDERS, Inputs, Step, make_inputs
+from benchmarks.machine import RESULTS, machine_line, write_result
+
+SETTINGS = {
+    "full/online": {"frozen": False, "online": True},
+    "full/precomputed": {"frozen": False, "online": False},
+    "frozen/online": {"frozen": True, "online": True},
+    "frozen/precomputed": {"frozen": True, "online": False},
+}
+NAME = "head_gpu"
+
+
+def check(x: Inputs) -> float:
+    """Largest error of our log-probs on 32 rows, in nats, against float64; raises over 1e-3."""
+    from dpo_fast.functional import linear_logprobs
+
+    rows = torch.arange(0, x.hidden.shape[0], max(1, x.hidden.shape[0] // 32), device="cuda")
+    with torch.no_grad():
+        ours = linear_logprobs(
+            x.hidden, x.weight, x.target, softcap=x.shape.softcap, backend="triton"
+        )
+        assert isinstance(ours, torch.Tensor)
+        z = torch.cat(
+            [x.hidden[rows].double() @ part.double().T for part in x.weight.split(16384)], 1
+        )
+        if x.shape.softcap is not None:
+            z = x.shape.softcap * torch.tanh(z / x.shape.softcap)
+        right = z.log_softmax(1).gather(1, x.target[rows, None])[:, 0]
+    error = float((ours[rows].double() - right).abs().max())
+    if not error < 1e-3:
+        raise RuntimeError(f"log-probs are off by {error:.2e} nats: nothing is timed")
+    return error
+
+
+def prepare(x: Inputs, names: list[str]) -> tuple[dict[str, Step], dict[str, Any]]:
+    """Steps that run, warmed up, and for each provider its peak memory or why it is left out."""
+    steps: dict[str, Step] = {}
+    notes: dict[str, Any] = {}
+    for name in names:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step = PROVIDERS[name](x)
+            for _ in range(2):
+                step()
+            torch.cuda.synchronize()
+        except (ImportError, ValueError, TypeError, RuntimeError, TritonError) as error:
+            notes[name] = {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        steps[name] = step
+        notes[name] = {"peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    return steps, notes
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every provider in every round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            stop.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return times
+
+
+def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int) -> dict[str, Any]:
+    shape = MODELS[model]
+    pairs = max(1, rows // 512)
+    x = make_inputs(shape, rows, pairs, **SETTINGS[setting])
+    error = check(x)
+    steps, notes = prepare(x, names)
+    times = measure(steps, rounds)
+    count = 2 + (not x.frozen) + x.online
+    flop = 2.0 * rows * shape.vocab * shape.hidden * count
+    for name, values in times.items():
+        middle = statistics.median(values)
+        notes[name] |= {
+            "ms": middle,
+            "spread_ms": [min(values), max(values)],
+            "tflops": flop / middle / 1e9,
+        }
+        if "gemms" in times:
+            ratios = [a / b for a, b in zip(values, times["gemms"], strict=True)]
+            notes[name]["over_gemms"] = statistics.median(ratios)
+        if "ours" in times:
+            ratios = [a / b for a, b in zip(times["ours"], values, strict=True)]
+            notes[name]["ours_over_it"] = statistics.median(ratios)
+    length = x.labels.shape[1]
+    batch = {"pairs": pairs, "padded_length": length, "padded_rows": 2 * pairs * length}
+    return {"batch": batch, "gemm_count": count, "error_nats": error, "providers": notes}
+
+
+def show(part: str, found: dict[str, Any]) -> None:
+    print(f"\n{part}  {found['batch']}  error {found['error_nats']:.1e} nats")
+    print(f"  {'':16s} {'ms':>8s} {'TFLOP/s':>8s} {'/gemms':>7s} {'ours/it':>8s} {'peak GiB':>9s}")
+    for name, row in found["providers"].items():
+        if "left_out" in row:
+            print(f"  {name:16s} {row['left_out']}")
+            continue
+        print(
+            f"  {name:16s} {row['ms']:8.2f} {row['tflops']:8.0f} {row.get('over_gemms', 0):7.3f} "
+            f"{row.get('ours_over_it', 0):8.3f} {row['peak_gib']:9.2f}"
+        )
+
+
+def known_parts() -> dict[str, Any]:
+    """Parts measured at this commit."""
+    path = RESULTS / f"{NAME}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    same = found["machine"].get("commit") == machine_line("cuda")["commit"]
+    return found["parts"] if same else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=480.0)
+    options = parser.parse_args()
+    began = time.monotonic()
+    parts = known_parts()
+    for rows, setting, model in product(options.rows, options.settings, options.models):
+        part = f"{model} N={rows} {setting}"
+        if part in parts:
+            continue
+        if time.monotonic() - began > options.seconds:
+            print(f"\nout of time before {part}: run the same command again")
+            break
+        parts[part] = run_part(model, rows, setting, options.providers, options.rounds)
+        show(part, parts[part])
+        write_result(NAME, {"parts": parts}, "cuda")
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

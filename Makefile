@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 
-.PHONY: demo test check check-triton36 test-gpu bench bench-gpu clean
+.PHONY: demo test check test-gpu bench bench-gpu clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
@@ -28,6 +28,11 @@ test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment 
 bench: $(VENV)/.test  ## CPU benchmarks, against the naive loop and TRL
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.ema
+	$(BIN)/python -m benchmarks.layout
+
+bench-gpu:  ## LM head and EMA on a CUDA device, against the peers
+	$(PYTHON) -m benchmarks.ema --device cuda
+	$(PYTHON) -m benchmarks.head_gpu
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

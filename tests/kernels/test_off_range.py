@@ -143,3 +143,28 @@ def test_invalid_and_ignored_targets():
         assert logps[2] == 0 and torch.isfinite(logps[[0, 5]]).all()
         assert (held.e[2] == 0).all()
         assert (held.scored.state.stats[:2, 2] == 0).all()
+
+
+def test_maximum_pass_takes_the_targets_logit_again():
+    """On a GPU it uses other matrix instructions than the GEMM: zy must come from the same ones."""
+    from dpo_fast_kernels.off_range import off_range
+    from dpo_fast_kernels.operands import make_operands, plan_launch
+    from dpo_fast_kernels.target_logit import TargetLogits
+
+    case = case_with(0, 0.0)
+    x, w = case.hidden.detach(), case.weight.detach()
+    operands, _ = make_operands(x, w, None, None, None, 1.0)
+    launch = plan_launch(operands, False)
+    index = torch.tensor([3, 8, 30] + [-7] * (ROWS - 3), dtype=torch.int32)
+    zy = torch.full((ROWS,), NAN)
+    rows = TargetLogits(zy, torch.ones(ROWS), torch.full((ROWS,), NAN), case.target.int())
+    part = torch.full((1, -(-VOCAB // launch.tile.block_v), ROWS), NAN)
+    count = torch.tensor([3], dtype=torch.int32)
+    off_range(
+        operands, launch, rows, index, count, part, maximum=True, e=None, lost=None, stats=False
+    )
+    z = x @ w.T
+    listed = index[:3].long()
+    torch.testing.assert_close(part[0].amax(0)[:3], z[listed].amax(1))
+    torch.testing.assert_close(zy[listed], z[listed, case.target[listed]])
+    assert zy.isnan().sum() == ROWS - 3 and part[0, :, 3:].isnan().all()

@@ -32,7 +32,7 @@ def test_healthy(
     assert report["ok"] and failures(report) == []
     by_name = {check["name"]: check for check in report["checks"]}
     assert by_name["torch"]["detail"] == torch.__version__
-    assert "chunked (not triton:" in by_name["LM head, cpu float32"]["detail"]
+    assert "cpu (not triton:" in by_name["LM head, cpu float32"]["detail"]
     assert {"log-probs, cpu float32", "dweight, cpu bfloat16", "EMA, cpu float32"} <= set(by_name)
     assert str(tmp_path / "cache") in by_name["reference cache"]["detail"]
 

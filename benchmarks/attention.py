@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def dense_row(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: flo
 def dense_pair(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float) -> Tensor:
     """SDPA under a mask of each pair."""
     starts = [s.start for s in segments.spans if not s.prefix_length] + [segments.length]
-    sizes = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    sizes = [b - a for a, b in pairwise(starts)]
     mask = segments.derived(("dense", q.dtype), lambda: _row_mask(segments, q))
     gqa, outs = q.shape[1] != k.shape[1], []
     parts = (x.split(sizes, dim=2) for x in (q, k, v))

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_fast.row_groups import group_rows
+
 # What PlannedCollator adds to a batch. "pair_index" comes first in the dict: see PlannedCollator.
 PLAN_KEYS = ("pair_index", "token_index", "target", "cu_seqlens", "seq_lens", "completion_lens")
 # Host numbers of a batch: tokens by TRL's definition (attended positions of the padded rows, the
@@ -23,6 +25,8 @@ PLAN_KEYS = ("pair_index", "token_index", "target", "cu_seqlens", "seq_lens", "c
 COUNT_KEYS = ("num_tokens", "padded_tokens", "executed_tokens")
 # The dpo_fast.layouts.Segments of a packed batch, an argument of the model's attention.
 SEGMENTS_KEY = "pair_segments"
+# The dpo_fast.row_groups.RowGroups of a padded batch: rows that go through the backbone together.
+GROUPS_KEY = "row_groups"
 IGNORE_INDEX = -100
 
 
@@ -124,6 +128,7 @@ class PlannedCollator:
             ``attention_mask`` and ``completion_mask`` (each ``[2P, T]``, chosen rows first). A
             ``labels`` key (-100 outside of the completions) is accepted in place of
             ``completion_mask`` and replaced by it.
+        group_rows: also plan ``row_groups`` (:mod:`dpo_fast.row_groups`).
 
     Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, the
     keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because
@@ -134,8 +139,11 @@ class PlannedCollator:
         ValueError: when called, if the collator's batch lacks the keys, naming those seen.
     """
 
-    def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, collator: Callable[[list[Any]], Mapping[str, Any]], *, group_rows: bool = False
+    ) -> None:
         self.collator = collator
+        self.group_rows = group_rows
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collator(rows)
@@ -145,7 +153,12 @@ class PlannedCollator:
         kept["completion_mask"] = completion_mask
         size = completion_mask.numel()
         attended = int(kept["attention_mask"].sum()) if "attention_mask" in kept else size
-        counts = dict(zip(COUNT_KEYS, (attended, size, size), strict=True))
+        executed = size
+        if self.group_rows and "attention_mask" in kept:
+            groups = group_rows(kept["attention_mask"])
+            if groups is not None:
+                kept[GROUPS_KEY], executed = groups, groups.num_tokens
+        counts = dict(zip(COUNT_KEYS, (attended, size, executed), strict=True))
         return {"pair_index": torch.arange(len(plan["seq_lens"]) // 2), **kept, **plan, **counts}
 
     def __repr__(self) -> str:

@@ -83,14 +83,18 @@ def make_collator(
     truncation_mode: str,
     pad_to_multiple_of: int | None = None,
     few_shapes: bool = False,
+    group_rows: bool = False,
 ) -> Callable[[list[Any]], dict[str, Any]]:
     """The collator of a layout.
 
-    ``pad_to_multiple_of`` concerns padded rows, ``few_shapes`` packed ones.
+    ``pad_to_multiple_of`` and ``group_rows`` concern padded rows, ``few_shapes`` packed ones.
     """
     if not choice.is_packed:
         return PlannedCollator(
-            DataCollatorForPreference(pad_token_id, max_length, truncation_mode, pad_to_multiple_of)
+            DataCollatorForPreference(
+                pad_token_id, max_length, truncation_mode, pad_to_multiple_of
+            ),
+            group_rows=group_rows,
         )
     collator = SharedPrefixCollator if choice.name == "shared_prefix" else PackedCollator
     return collator(pad_token_id, max_length, truncation_mode, few_shapes)

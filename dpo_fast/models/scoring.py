@@ -17,14 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import COUNT_KEYS, PLAN_KEYS, SEGMENTS_KEY, TokenPlan
+from dpo_fast.batch import COUNT_KEYS, GROUPS_KEY, PLAN_KEYS, SEGMENTS_KEY, TokenPlan
 from dpo_fast.models.head import Head, base_causal_lm, head_of
+from dpo_fast.row_groups import RowGroups, run_in_groups
 
 _ORIGINAL = "_dpo_fast_original_forward"
 # Keys of a batch that are not the model's.
 NON_MODEL_KEYS = (
     *PLAN_KEYS,
     *COUNT_KEYS,
+    GROUPS_KEY,
     "completion_mask",
     "labels",
     "ref_chosen_logps",
@@ -64,10 +66,15 @@ def install_scoring(model: nn.Module) -> None:
         *args: Any,
         scoring: Callable[[Tensor, Head], Any] | None = None,
         router_mask: Tensor | None = None,
+        row_groups: RowGroups | None = None,
         **kwargs: Any,
     ) -> Any:
         if scoring is None:
             return getattr(self, _ORIGINAL)(*args, **kwargs)
+        if row_groups is not None and not args:
+            hidden = run_in_groups(_last_hidden_state(self), kwargs, row_groups)
+            if hidden is not None:
+                return ScoredOutput(scoring(hidden, head_of(base_causal_lm(self))), None)
         return _run_scored(self, args, kwargs, scoring, router_mask)
 
     # `generate` validates its arguments against the forward's signature.
@@ -106,6 +113,8 @@ def forward_scored(
     if aux_loss:
         inputs["output_router_logits"] = True
         inputs["router_mask"] = batch.get("attention_mask")
+    elif GROUPS_KEY in batch:  # the router's statistics are of all tokens at once
+        inputs[GROUPS_KEY] = batch[GROUPS_KEY]
     if SEGMENTS_KEY in batch:
         # Who sees whom is in the segments: transformers hands a 4-D mask on as it is, while from a
         # 2-D mask it would build L x L, and from position_ids alone it would cut answers off their
@@ -119,6 +128,11 @@ def forward_scored(
         return fn(plan.gather(hidden_states).to(head.weight.device), head)
 
     return model(**inputs, scoring=scoring)
+
+
+def _last_hidden_state(model: nn.Module) -> Callable[..., Tensor]:
+    backbone: Any = base_causal_lm(model).base_model
+    return lambda **inputs: backbone(**inputs)[0]
 
 
 def _run_scored(

@@ -61,7 +61,7 @@ class LayoutsMixin:
             unsupported=self._why_padded(data_collator),
         )
         if data_collator is not None:
-            self.batch_collator = PlannedCollator(data_collator)
+            self.batch_collator = PlannedCollator(data_collator, group_rows=self._groups_rows())
         else:
             self.batch_collator = self._collator(self.layout)
         self.data_collator = self.batch_collator
@@ -78,7 +78,13 @@ class LayoutsMixin:
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             few_shapes=args.device.type != "cpu",
+            group_rows=self._groups_rows(),
         )
+
+    def _groups_rows(self) -> bool:
+        """Whether padded rows run in groups of like length: on a CPU, with the weights whole."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
+        return self.args.device.type == "cpu" and not sharded
 
     def _why_padded(self, data_collator: Collator | None) -> str | None:
         if data_collator is not None:

@@ -169,7 +169,9 @@ class DPOConfig(TrainingArguments):
         "log_steps",
         "When entropy, logits and token accuracy are computed: log_steps, every, never.",
     )
-    lm_head_backend: str = _option("auto", "auto, naive, chunked, cpu or triton; a name runs or raises.")
+    lm_head_backend: str = _option(
+        "auto", "auto, naive, chunked, cpu or triton; a name runs or raises."
+    )
     lm_head_workspace: int | None = _option(
         None, "Bytes of probabilities that the LM head may hold; None: by device (1 GiB on a GPU)."
     )

@@ -10,6 +10,7 @@ from dpo_fast.backends.interface import (
     buffer_bytes,
 )
 from dpo_fast.backends.select import NAMES, choose, cpu_refusal, triton_refusal
+from dpo_fast.backends.shard import VocabShard
 
 __all__ = [
     "NAMES",
@@ -19,6 +20,7 @@ __all__ = [
     "LinearHead",
     "Needs",
     "Saved",
+    "VocabShard",
     "buffer_bytes",
     "choose",
     "cpu_refusal",

@@ -158,16 +158,29 @@ def refusals(mesh: DeviceMesh) -> dict[str, str]:
     return {"rowwise": message(rows), "fsdp": message(sharded)}
 
 
-def frozen_reference(mesh: DeviceMesh) -> tuple[Tensor, Tensor]:
-    """Log-probs of a frozen reference that is split, and of the same one whole."""
+def frozen_reference(mesh: DeviceMesh) -> tuple[list[Tensor], Tensor, str]:
+    """Log-probs of frozen references that are split, those of the same one whole, and why a copy
+    was refused.
+    """
     from dpo_fast.reference.frozen import FrozenReference
 
     batch = collators()["padded"](AWKWARD)
     policy = tiny_model("llama")
     model = perturbed(policy)
     right = FrozenReference(copy.deepcopy(model), policy).logps(batch)
-    split = by_transformers(model, mesh)
-    return FrozenReference(split, policy).logps(batch), right
+    split = by_transformers(copy.deepcopy(model), mesh)
+    found = [FrozenReference(split, policy).logps(batch)]
+    try:
+        FrozenReference.copy_of(split)
+    except ValueError as error:
+        message = str(error)
+    policy = by_torch(model, mesh)
+    reference = FrozenReference.copy_of(policy)
+    with torch.no_grad():
+        for param in policy.parameters():
+            param.mul_(1.5)
+    found.append(reference.logps(batch))
+    return found, right, message
 
 
 def model_cells(rank: int) -> dict[str, Any]:

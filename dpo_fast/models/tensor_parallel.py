@@ -6,6 +6,7 @@ Legend: B rows, T padded length, H hidden, V vocabulary, r rank of the head's ad
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo_fast.backends.shard import VocabShard
@@ -47,7 +48,7 @@ def local_head(head: Head, model: nn.Module) -> Head:
         )
     shard = VocabShard.even(mesh.get_group(), weight.shape[0])
     rows = weight.to_local().shape[0]
-    expected = max(0, min(shard.longest, shard.total - shard.start))
+    expected = _rows(shard)
     if rows != expected or rows == 0:
         raise ValueError(
             f"this rank holds {rows} rows of an LM head of {shard.total}, and Shard(0) over "
@@ -92,8 +93,7 @@ def _same_rows(tensor: Any, shard: VocabShard | None, name: str) -> Tensor:
     elif shard is None:
         return tensor
     elif name != "weight":
-        # A whole [V] or [V, r] next to a split weight: each rank's rows, the gradient of the rest 0
-        return tensor.narrow(0, shard.start, _rows(shard))
+        return _OwnRows.apply(tensor, shard)  # a whole [V] or [V, r] next to a split weight
     raise ValueError(
         f"the LM head's {name} lies otherwise than its weight "
         f"({getattr(tensor, 'placements', 'a plain tensor')}, weight "
@@ -103,6 +103,22 @@ def _same_rows(tensor: Any, shard: VocabShard | None, name: str) -> Tensor:
 
 def _rows(shard: VocabShard) -> int:
     return max(0, min(shard.longest, shard.total - shard.start))
+
+
+class _OwnRows(torch.autograd.Function):
+    """A rank's rows of what every rank holds whole; the gradient is whole on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shape, ctx.shard = tensor.shape, shard
+        return tensor.narrow(0, shard.start, _rows(shard)).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        shard: VocabShard = ctx.shard
+        whole = grad.new_zeros(ctx.shape)
+        whole.narrow(0, shard.start, grad.shape[0]).copy_(grad)
+        return shard.sum_(whole), None
 
 
 def whole_hidden(hidden_states: Any) -> Tensor:

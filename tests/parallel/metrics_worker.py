@@ -55,34 +55,37 @@ def trained(name: str, ranks: int) -> dict[str, Any]:
     }
 
 
-def counted() -> list[dict[str, Any]]:
-    """Collectives of each micro-batch, of the counts of each step, and of each log line."""
+def counted() -> list[tuple[str, dict[str, Any]]]:
+    """All collectives of a training in order: those of counts, micro-batches and log steps, and
+    what happened between them.
+    """
     trainer = make("batch size 1, accumulated", 2)
     counter = CountCollectives()
-    events: list[dict[str, Any]] = []
+    events: list[tuple[str, dict[str, Any]]] = []
 
     def watched(what: str, call: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with counter:
-                found = call(*args, **kwargs)
-            events.append({"what": what, "calls": counter.take()})
+            events.append(("between", counter.take()))
+            found = call(*args, **kwargs)
+            events.append((what, counter.take()))
             return found
 
         return run
 
     trainer.training_step = watched("micro-batch", trainer.training_step)
     trainer._get_num_items_in_batch = watched("counts", trainer._get_num_items_in_batch)
-    trainer.log = watched("log", trainer.log)
-    counts: list[Any] = []
+    trainer._maybe_log_save_evaluate = watched("log step?", trainer._maybe_log_save_evaluate)
+    kinds: list[Any] = []
     compute = trainer.compute_loss
 
     def spy(*args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
-        counts.append(type(num_items_in_batch.num_pairs))
+        kinds.append(type(num_items_in_batch.num_pairs))
         return compute(*args, num_items_in_batch=num_items_in_batch, **kwargs)
 
     trainer.compute_loss = spy
-    trainer.train()
-    assert set(counts) == {torch.Tensor}  # nobody asked the device for its value
+    with counter:
+        trainer.train()
+    assert set(kinds) == {torch.Tensor}  # nobody asked the device for its value
     return events
 
 

@@ -183,6 +183,31 @@ def frozen_reference(mesh: DeviceMesh) -> tuple[list[Tensor], Tensor, str]:
     return found, right, message
 
 
+def whole_bias_and_adapter(mesh: DeviceMesh) -> dict[str, Any]:
+    """A split weight beside a bias and an adapter that every rank holds whole: their gradients."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from dpo_fast.functional import HeadLoRA, linear_logprobs
+    from dpo_fast.models.tensor_parallel import local_head
+
+    g = torch.Generator().manual_seed(4)
+    hidden, weight, bias, a, b = (
+        torch.randn(*shape, generator=g) for shape in ((9, 8), (31, 8), (31,), (2, 8), (31, 2))
+    )
+    target = torch.randint(31, (9,), generator=g)
+    dlogps = torch.linspace(-1, 1, 9)
+    found = []
+    for split in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (bias, a, b)]
+        w: Any = distribute_tensor(weight, mesh, [Shard(0)]) if split else weight
+        head = Head(w, leaves[0], lora=HeadLoRA(leaves[1], leaves[2], 0.5))
+        if split:
+            head = local_head(head, nn.Module())
+        logps = linear_logprobs(hidden, head.weight, target, **head.kwargs())
+        found.append([logps.detach(), *torch.autograd.grad(logps, leaves, dlogps)])
+    return {"right": found[0], "found": found[1]}
+
+
 def model_cells(rank: int) -> dict[str, Any]:
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
@@ -196,6 +221,7 @@ def model_cells(rank: int) -> dict[str, Any]:
         "uneven vocabulary": cell("llama", by_torch, mesh, vocab_size=321),
     }
     found["refusals"] = refusals(unnamed)
+    found["whole beside split"] = whole_bias_and_adapter(unnamed)
     found["frozen"] = frozen_reference(mesh)
     from tests.parallel.volume_worker import volumes
 

@@ -31,26 +31,38 @@ def test_two_ranks_log_and_train_what_one_does(ranks, name):
 
 
 def test_nothing_between_log_steps(ranks):
-    """Per micro-batch no collective but DDP's one gradient reduction in the last of a step; per
-    step one exchange of two counts; per log line one all-reduce of ours.
+    """Per micro-batch no collective but DDP's gradient reduction in a step's last; per step one
+    exchange of two counts; per log step one packed all-reduce of ours, and transformers' own gather
+    of one loss a rank.
     """
+    packed = 8 * packed_numel(2 * 3, 2)  # two steps of three micro-batches
+    step = ["counts", *["micro-batch"] * 3, "log step?"]
     for rank in ranks:
-        events = [event for event in rank["counted"] if event["what"] != "log"]
-        # four steps: the counts of a step, then its three micro-batches
-        assert [e["what"] for e in events] == ["counts", *["micro-batch"] * 3] * 4
-        for i, event in enumerate(events):
-            if event["what"] == "counts":
-                assert event["calls"] == {"allreduce_": [16]}
-            elif i % 4 == 3:
-                # DDP: its buckets, once (in the first step also the order of the buckets)
-                assert set(event["calls"]) <= {"allreduce_", "broadcast_"}
-                assert len(event["calls"]["allreduce_"]) <= 2
+        events = rank["counted"]
+        first = next(i for i, (what, _) in enumerate(events) if what == "counts")
+        last = max(i for i, (what, _) in enumerate(events) if what == "micro-batch") + 2
+        assert [w for w, _ in events[first : last + 1] if w != "between"] == step * 4
+        seen = dict.fromkeys(step, 0)
+        for what, calls in events[first : last + 1]:
+            if what == "between":
+                assert calls == {}
+                continue
+            seen[what] += 1
+            number = seen[what]
+            if what == "counts":
+                assert calls == {"allreduce_": [16]}
+            elif what == "log step?":
+                ours = {"allreduce_": [packed]}
+                assert {k: v for k, v in calls.items() if "gather" not in k} == (
+                    ours if number % 2 == 0 else {}
+                )
+                gathers = [size for k, v in calls.items() if "gather" in k for size in v]
+                assert len(gathers) == (number % 2 == 0) and sum(gathers) <= 16
+            elif number % 3 == 0:  # DDP, in the first step also the order of its buckets
+                assert set(calls) <= {"allreduce_", "broadcast_"}
+                assert 1 <= len(calls["allreduce_"]) <= 2
             else:
-                assert event["calls"] == {}, i
-        logs = [event for event in rank["counted"] if event["what"] == "log"]
-        packed = 8 * packed_numel(2 * 3, 2)  # two steps of three micro-batches
-        assert [log["calls"] for log in logs[:2]] == [{"allreduce_": [packed]}] * 2
-        assert all(log["calls"] == {} for log in logs[2:])  # the summary of the run
+                assert calls == {}, number
 
 
 def test_a_nan_on_one_rank_ends_all_with_rank_and_step(ranks):

@@ -55,6 +55,14 @@ def test_a_split_frozen_reference_answers_as_a_whole_one(ranks):
         assert "would run the policy's own weights: give ref_model" in message
 
 
+def test_what_every_rank_holds_whole_gets_its_whole_gradient(ranks):
+    """Else the copies of a bias or an adapter on a split head would drift apart."""
+    for cells in ranks:
+        cell = cells["whole beside split"]
+        for found, right in zip(cell["found"], cell["right"], strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
 def test_heads_that_cannot_be_scored_are_refused_with_the_remedy(ranks):
     for cells in ranks:
         assert "Shard(dim=1)" in cells["refusals"]["rowwise"]

@@ -9,7 +9,7 @@ from dpo_fast.backends.interface import (
     Saved,
     buffer_bytes,
 )
-from dpo_fast.backends.select import NAMES, choose, cpu_refusal, triton_refusal
+from dpo_fast.backends.select import NAMES, choose, choose_sharded, cpu_refusal, triton_refusal
 from dpo_fast.backends.shard import VocabShard
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "VocabShard",
     "buffer_bytes",
     "choose",
+    "choose_sharded",
     "cpu_refusal",
     "triton_refusal",
 ]

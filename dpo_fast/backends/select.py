@@ -77,21 +77,21 @@ _FACTORIES: dict[str, Callable[[], HeadBackend]] = {
 }
 
 
-def choose(
-    name: str, device_type: str, dtype: torch.dtype, *, sharded: bool = False
-) -> HeadBackend:
+def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
     """The backend called ``name`` for tensors of this device type and dtype.
 
     ``"auto"`` decides and logs its choice and reason once; any other name is obeyed or refused.
-    ``sharded``: the vocabulary is split over processes.
 
     Raises:
         ValueError: unknown name, or a backend asked for by name that cannot run.
     """
-    if sharded:
-        found = _resolve_sharded(name, device_type, dtype)
-        return _chunked_shards() if found == "chunked" else _FACTORIES[found]()
     return _FACTORIES[resolve(name, device_type, dtype)]()
+
+
+def choose_sharded(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
+    """:func:`choose` among the backends whose vocabulary may be split over processes."""
+    found = _resolve_sharded(name, device_type, dtype)
+    return _chunked_shards() if found == "chunked" else _FACTORIES[found]()
 
 
 def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:

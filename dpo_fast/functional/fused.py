@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.backends import LinearHead, choose
+from dpo_fast.backends import LinearHead, choose, choose_sharded
 from dpo_fast.functional import validate
 from dpo_fast.functional.autocast import autocast_head
 from dpo_fast.functional.fused_function import FusedJob, FusedLinearDPO, Rows
@@ -141,9 +141,10 @@ def fused_linear_dpo(
         ref_head = ref_head._replace(weight=ref_weight, bias=ref_bias)
     reference = _checked_reference(hidden, head, ref_hidden, ref_head, ref_logps, loss)
     check_stats(loss, stats)
+    pick = choose if head.shard is None else choose_sharded
     rows = Rows(target, cu_seqlens, seq_lens, token_weight, ignore_index)
     job = FusedJob(
-        backend=choose(backend, hidden.device.type, hidden.dtype, sharded=head.shard is not None),
+        backend=pick(backend, hidden.device.type, hidden.dtype),
         rows=rows,
         reference=reference,
         ref_logps=None if ref_logps is None else ref_logps.detach(),

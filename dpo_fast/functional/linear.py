@@ -18,6 +18,7 @@ from dpo_fast.backends import (
     Saved,
     VocabShard,
     choose,
+    choose_sharded,
 )
 from dpo_fast.functional import validate
 from dpo_fast.functional.autocast import autocast_head, no_autocast
@@ -92,7 +93,8 @@ def linear_logprobs(
     shard = vocab_shard(group, weight)
     head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora, shard)
     validate.check_target(target, hidden.shape[0], head.vocab, ignore_index, hidden)
-    chosen = choose(backend, hidden.device.type, hidden.dtype, sharded=shard is not None)
+    pick = choose if shard is None else choose_sharded
+    chosen = pick(backend, hidden.device.type, hidden.dtype)
     result = score_valid(chosen, hidden, head, target, ignore_index, names, mode, workspace)
     return result if names else result.logps
 

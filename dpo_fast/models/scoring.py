@@ -114,7 +114,8 @@ def forward_scored(
         batch: model inputs and the keys of :class:`dpo_fast.batch.TokenPlan`; other keys go to the
             model.
         fn: called once, inside the forward, with the hidden states that predict the N scored
-            tokens.
+            tokens. Of a tensor-parallel model it gets whole hidden states and this rank's rows of
+            the head; ``head.kwargs()`` then holds the group that the ops reduce over.
         aux_loss: ask a mixture-of-experts model for its load balancing loss.
     """
     plan = TokenPlan.from_batch(batch)

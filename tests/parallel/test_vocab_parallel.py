@@ -72,7 +72,7 @@ def test_a_group_must_be_a_group():
 
 @pytest.mark.parametrize("backend", ["naive", "cpu"])
 def test_backends_of_whole_vocabularies_say_so(backend):
-    from dpo_fast.backends import choose
+    from dpo_fast.backends import choose_sharded
 
     with pytest.raises(ValueError, match="split over processes: use backend='auto'"):
-        choose(backend, "cpu", torch.float32, sharded=True)
+        choose_sharded(backend, "cpu", torch.float32)

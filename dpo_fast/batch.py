@@ -27,6 +27,8 @@ COUNT_KEYS = ("num_tokens", "padded_tokens", "executed_tokens")
 SEGMENTS_KEY = "pair_segments"
 # The dpo_fast.row_groups.RowGroups of a padded batch: rows that go through the backbone together.
 GROUPS_KEY = "row_groups"
+# Labels that are shifted already (what each position predicts): context parallel batches.
+SHIFT_KEY = "shift_labels"
 IGNORE_INDEX = -100
 
 
@@ -89,6 +91,61 @@ def plan_rows(tokens: Tensor, scored: Tensor) -> dict[str, Any]:
         "seq_lens": seq_lens.tolist(),
         "completion_lens": completion_lens.tolist(),
     }
+
+
+def plan_shifted(shift_labels: Tensor) -> dict[str, Any]:
+    """Plan of a batch whose labels are shifted already, as context and sequence parallel have them.
+
+    Args:
+        shift_labels: ``[S, T]``, at each position the token that its hidden state predicts, -100
+            where none is scored. The rows may be any positions of the sequences, in any order: what
+            a position predicts does not depend on its neighbours here.
+
+    Returns:
+        As :func:`plan_tokens`, of the positions given; ``completion_lens`` is ``seq_lens``.
+
+    Raises:
+        ValueError: ``shift_labels`` is not ``[S, T]``, or S is odd.
+    """
+    if shift_labels.dim() != 2 or shift_labels.shape[0] % 2:
+        raise ValueError(
+            f"shift_labels {tuple(shift_labels.shape)} must be [2P, T]: one row a sequence, chosen "
+            "rows first, then rejected rows"
+        )
+    scored = shift_labels != IGNORE_INDEX
+    seq_lens = scored.sum(dim=1)
+    cu_seqlens = seq_lens.new_zeros(seq_lens.shape[0] + 1)
+    torch.cumsum(seq_lens, dim=0, out=cu_seqlens[1:])
+    position = scored.flatten().nonzero().squeeze(1)
+    lens = seq_lens.tolist()
+    return {
+        "token_index": position,
+        "target": shift_labels.flatten()[position].long(),
+        "cu_seqlens": cu_seqlens,
+        "seq_lens": lens,
+        "completion_lens": lens,
+    }
+
+
+def shifted_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A planned batch of padded rows with ``shift_labels`` ``[2P, T]`` in place of its plan.
+
+    This is the form that can be cut along the positions: pass ``input_ids``, ``position_ids`` and
+    ``shift_labels`` as buffers to ``accelerator.maybe_context_parallel``.
+    """
+    plan = TokenPlan.from_batch(batch)
+    ids = batch["input_ids"]
+    if plan.rows != plan.num_sequences:
+        raise ValueError(
+            f"a batch of {plan.num_sequences} sequences in {plan.rows} rows is packed, and only "
+            "padded rows can be cut along their positions: use batch_layout='padded'"
+        )
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels.view(-1)[plan.token_index] = plan.target.to(ids.dtype)
+    dropped = (*PLAN_KEYS, GROUPS_KEY, "completion_mask", "labels")
+    kept = {key: value for key, value in batch.items() if key not in dropped}
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
+    return {**kept, "position_ids": kept.get("position_ids", positions), SHIFT_KEY: labels}
 
 
 def _mask_from_labels(input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -190,15 +247,18 @@ class TokenPlan:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any]) -> "TokenPlan":
-        """The plan that :class:`PlannedCollator` left in the batch; without one, it is made here.
+        """The plan that :class:`PlannedCollator` left in the batch; without one, it is made here,
+        from ``shift_labels`` or ``completion_mask``.
 
         Making it here costs a device sync when the batch is on a GPU.
 
         Raises:
-            ValueError: the batch has neither a plan nor ``input_ids`` with ``completion_mask``.
+            ValueError: the batch has neither a plan nor what makes one.
         """
         if all(key in batch for key in PLAN_KEYS[1:]):
             plan: Mapping[str, Any] = batch
+        elif SHIFT_KEY in batch:
+            plan = plan_shifted(batch[SHIFT_KEY])
         else:
             completion_mask = _completion_mask(batch)
             plan = plan_tokens(batch["input_ids"], completion_mask)

@@ -228,6 +228,10 @@ class DPOConfig(TrainingArguments):
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha={self.ld_alpha} must lie in [0, 1]: 1 is plain DPO.")
         self._resolve_padding()
+        if self.ddp_broadcast_buffers is None:
+            # DDP's own default broadcasts every buffer before every forward, and a causal LM's are
+            # constants (rotary frequencies): a collective a micro-batch for nothing.
+            self.ddp_broadcast_buffers = False
         if self.truncation_mode == "keep_end":
             warnings.warn(
                 "truncation_mode='keep_end' is deprecated in TRL and will go with its 2.0; "

@@ -5,9 +5,10 @@ Each micro-batch leaves sums and counts in a vector that stays on the device. At
 vectors are stacked, summed over the ranks in one all-reduce, fetched once, and turned into the
 values that TRL logs: pair metrics are means over the pairs, token metrics means over micro-batches
 (weighted by their pairs) of token means. With equal micro-batches both equal TRL's; with a ragged
-last one TRL counts it like a full one.
+last one TRL counts it like a full one. The same all-reduce carries one number a rank: the step at
+which its loss was first not finite.
 
-Legend: P pairs, S = 2P sequences, N scored tokens.
+Legend: P pairs, S = 2P sequences, N scored tokens, K micro-batches since the last log, R ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,6 +43,11 @@ _FIELDS = (
     "rejected_logits",
 )
 _INDEX = {name: i for i, name in enumerate(_FIELDS)}
+
+
+def packed_numel(micro_batches: int, num_ranks: int) -> int:
+    """Numbers (float64) in the one all-reduce of a log step."""
+    return micro_batches * len(_FIELDS) + num_ranks
 
 
 class MicroBatchSums(NamedTuple):
@@ -104,32 +110,54 @@ def micro_batch_sums(
     return MicroBatchSums(sums, [host.get(name, 0.0) for name in _FIELDS])
 
 
+class NonFinite(NamedTuple):
+    """A rank whose loss was NaN or infinite, and the optimizer step (from 1) that saw it first."""
+
+    rank: int
+    step: int
+
+
 class Counts(NamedTuple):
-    """Since the last log, over all ranks: pairs, tokens by TRL's definition, micro-batches with a
-    loss that was not finite, positions of padded rows, tokens that the policy computed.
+    """Since the last log, over all ranks: pairs, tokens by TRL's definition, positions of padded
+    rows, tokens that the policy computed, and the ranks with a loss that was not finite.
     """
 
     pairs: int
     tokens: int
-    nonfinite: int
     padded: int
     executed: int
+    nonfinite: tuple[NonFinite, ...]
 
 
 class MetricBuffer:
-    """Collects the vectors of train and eval micro-batches until the next log."""
+    """Collects the vectors of train and eval micro-batches until the next log.
 
-    def __init__(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """``reduce`` sums a tensor over the ranks; None in a single process."""
+    Args:
+        reduce: sums a tensor over the ranks; None in a single process.
+        rank, num_ranks: of this process.
+        copies: ranks that see the same pairs (tensor and sequence parallel): each pair counts once.
+    """
+
+    def __init__(
+        self,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        copies: int = 1,
+    ) -> None:
         self._reduce = reduce
+        self._rank, self._num_ranks, self._copies = rank, num_ranks, copies
         self._rows: dict[str, list[MicroBatchSums]] = {"train": [], "eval": []}
+        self._steps: dict[str, list[int]] = {"train": [], "eval": []}
         self._has_aux = False
         self.total_tokens = 0
 
-    def add(self, mode: str, sums: MicroBatchSums, *, has_aux: bool = False) -> None:
-        """Keep one micro-batch's sums; ``mode`` is "train" or "eval"."""
+    def add(self, mode: str, sums: MicroBatchSums, *, step: int = 1, has_aux: bool = False) -> None:
+        """Keep one micro-batch's sums; ``mode`` is "train" or "eval", ``step`` counts from 1."""
         self._has_aux = has_aux
         self._rows[mode].append(sums)
+        self._steps[mode].append(step)
 
     def pop(self, mode: str) -> tuple[dict[str, float], Counts] | None:
         """Metrics since the last call, TRL's keys, and the counts behind them; None if nothing was
@@ -138,27 +166,60 @@ class MetricBuffer:
         This is the one place where training waits for the device.
         """
         rows, self._rows[mode] = self._rows[mode], []
+        steps, self._steps[mode] = self._steps[mode], []
         if not rows:
             return None
         table = torch.stack([row.device for row in rows])
+        first_bad = _first_bad_step(table, steps)
         host = torch.tensor([row.host for row in rows], dtype=table.dtype)
         if self._reduce is None:
-            table = table.cpu() + host
+            table, bad = table.cpu() + host, [float(first_bad)]
         else:
-            table = self._reduce(table + host.to(table.device)).cpu()
+            mine = (table + host.to(table.device)) / self._copies
+            packed = torch.cat((mine.flatten(), self._slot(first_bad)))
+            both = self._reduce(packed).cpu()
+            table, bad = both[: table.numel()].view(table.shape), both[table.numel() :].tolist()
         total = table.sum(dim=0)
         counts = Counts(
             pairs=int(total[_INDEX["pairs"]]),
             tokens=int(total[_INDEX["num_tokens"]]),
-            nonfinite=int(total[_INDEX["nonfinite"]]),
             padded=int(total[_INDEX["padded_tokens"]]),
             executed=int(total[_INDEX["executed_tokens"]]),
+            nonfinite=_bad_ranks(bad),
         )
         if mode == "train":
             self.total_tokens += counts.tokens
         metrics = _pair_means(total, self._has_aux) | _token_means(table)
         metrics["num_tokens"] = float(self.total_tokens)
         return metrics, counts
+
+    def nonfinite(self, mode: str) -> tuple[NonFinite, ...]:
+        """Ranks whose loss was not finite since the last :meth:`pop`: one reduction, one sync."""
+        if not self._rows[mode]:
+            return ()
+        table = torch.stack([row.device for row in self._rows[mode]])
+        slot = self._slot(_first_bad_step(table, self._steps[mode]))
+        return _bad_ranks((slot if self._reduce is None else self._reduce(slot)).tolist())
+
+    def _slot(self, first_bad: Tensor) -> Tensor:
+        """``[R]``, zero but for this rank's own place."""
+        slots = first_bad.new_zeros(self._num_ranks)
+        slots[self._rank] = first_bad
+        return slots
+
+
+def _first_bad_step(table: Tensor, steps: list[int]) -> Tensor:
+    """The first of ``steps`` whose row of ``table [K, F]`` has a loss that is not finite, else 0.
+    No host sync but the copy of ``steps``.
+    """
+    when = torch.tensor(steps, dtype=table.dtype).to(table.device)
+    never = torch.full_like(when, torch.inf)
+    first = torch.where(table[:, _INDEX["nonfinite"]] > 0, when, never).amin()
+    return torch.where(torch.isinf(first), torch.zeros_like(first), first)
+
+
+def _bad_ranks(steps: Sequence[float]) -> tuple[NonFinite, ...]:
+    return tuple(NonFinite(rank, round(step)) for rank, step in enumerate(steps) if step)
 
 
 def _pair_means(total: Tensor, has_aux: bool) -> dict[str, float]:

@@ -9,7 +9,8 @@ from dpo_fast.backends.interface import (
     Saved,
     buffer_bytes,
 )
-from dpo_fast.backends.select import NAMES, choose, cpu_refusal, triton_refusal
+from dpo_fast.backends.select import NAMES, choose, choose_sharded, cpu_refusal, triton_refusal
+from dpo_fast.backends.shard import VocabShard
 
 __all__ = [
     "NAMES",
@@ -19,8 +20,10 @@ __all__ = [
     "LinearHead",
     "Needs",
     "Saved",
+    "VocabShard",
     "buffer_bytes",
     "choose",
+    "choose_sharded",
     "cpu_refusal",
     "triton_refusal",
 ]

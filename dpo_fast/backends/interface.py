@@ -13,13 +13,18 @@ preference loss, groups of pairs and the upstream gradient are the callers' busi
   (autograd keeps and frees them) and ``Saved.meta`` (plain Python values); nothing may be saved
   elsewhere, and ``backward`` may run twice on one ``Saved`` (retain_graph) or never;
 - ``backward`` gets ``dL/dlogp`` of every row; gradients are in the accumulator's dtype (float32,
-  or float64 for float64 inputs), and are added to ``into`` where it is given.
+  or float64 for float64 inputs), and are added to ``into`` where it is given;
+- where ``head.shard`` is set, ``target`` counts over the whole vocabulary, log-probs and statistics
+  are of the whole vocabulary, the gradients of hidden states and lora.a are this rank's part of a
+  sum that the caller takes, and every rank makes the same collectives. Whether a backend can is
+  said in ``backends/select.py``.
 """
 
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from dpo_fast.backends.shard import VocabShard
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
 ROW_MULTIPLE = 48  # rows that a backend may round a number of rows up to
@@ -33,6 +38,22 @@ class LinearHead(NamedTuple):
     softcap: float | None
     scale: float  # logit_scale / temperature
     lora: HeadLoRA | None
+    # None: the vocabulary is whole; else weight, bias and lora.b hold this rank's rows of it
+    shard: VocabShard | None = None
+
+    @property
+    def vocab(self) -> int:
+        """V over all ranks."""
+        return self.weight.shape[0] if self.shard is None else self.shard.total
+
+    def for_plans(self) -> "LinearHead":
+        """What decisions are made with that all ranks must make alike: the longest shard's shape,
+        without memory.
+        """
+        if self.shard is None:
+            return self
+        shape = (self.shard.longest, self.weight.shape[1])
+        return self._replace(weight=self.weight.detach().new_empty(1).expand(shape))
 
 
 class Needs(NamedTuple):

@@ -43,6 +43,13 @@ def _cpu() -> HeadBackend:
     return CpuBackend()
 
 
+@cache
+def _chunked_shards() -> HeadBackend:
+    from dpo_fast.chunked.vocab_parallel import VocabParallelBackend
+
+    return VocabParallelBackend()
+
+
 def cpu_refusal(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the compiled head of the CPU cannot run such inputs here; None if it can."""
     from dpo_fast.backends.cpu_backend import refusal
@@ -81,6 +88,12 @@ def choose(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
     return _FACTORIES[resolve(name, device_type, dtype)]()
 
 
+def choose_sharded(name: str, device_type: str, dtype: torch.dtype) -> HeadBackend:
+    """:func:`choose` among the backends whose vocabulary may be split over processes."""
+    found = _resolve_sharded(name, device_type, dtype)
+    return _chunked_shards() if found == "chunked" else _FACTORIES[found]()
+
+
 def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that :func:`choose` returns."""
     return _resolve(name, device_type, dtype)
@@ -94,6 +107,26 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def forget() -> None:
     """The next choice is made, and logged, anew."""
     _resolve.cache_clear()
+    _resolve_sharded.cache_clear()
+
+
+@cache
+def _resolve_sharded(name: str, device_type: str, dtype: torch.dtype) -> str:
+    if name in ("naive", "cpu"):
+        raise ValueError(
+            f"backend={name!r} computes whole vocabularies, and this one is split over processes: "
+            "use backend='auto', or 'chunked', or 'triton' on a GPU."
+        )
+    if name != "auto":
+        return _resolve(name, device_type, dtype)
+    refused = triton_refusal(device_type, dtype)
+    backend = "triton" if device_type == "cuda" and refused is None else "chunked"
+    reason = "the kernels take it" if backend == "triton" else f"not triton: {refused}"
+    logger.info(
+        "LM head split over processes on %s, %s: backend %r (%s)",
+        *(device_type, dtype, backend, reason),
+    )
+    return backend
 
 
 @cache

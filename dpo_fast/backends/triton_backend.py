@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast.backends.interface import HeadForward, HeadGrads, LinearHead, Needs, Saved
+from dpo_fast.backends.shard import VocabShard
 from dpo_fast.naive import LinearLogprobs
 from dpo_fast_kernels.ops import (
     Flat,
@@ -19,9 +20,11 @@ from dpo_fast_kernels.ops import (
     run_forward,
 )
 from dpo_fast_kernels.problem import Gradients, padded
+from dpo_fast_kernels.scoring import Vocabulary
 
 WORKSPACE = 2**30  # bytes of stored probabilities; more where a trained head's gradient is larger
 
+_NO_TARGET = -(2**31)  # "ignored": no target is
 _PLANES = {"entropy": 0, "log_sum_sq_probs": 1, "is_top1": 2, "mean_logit": 3}
 
 
@@ -59,9 +62,10 @@ class TritonBackend:
         scalars = (lora_scale, head.softcap, head.scale)
         args: Any = (hidden, head.weight, target, head.bias, a, b, *scalars)
         # Every row is scored here, so no target means "ignored".
-        args += (-(2**31), list(needs), bool(outputs), store, self.engine)
-        plain: Any = partial(run_forward, buffer=buffer)
-        flat = Flat(*(linear_logprob_fwd if buffer is None else plain)(*args))
+        args += (_NO_TARGET, list(needs), bool(outputs), store, self.engine)
+        plain: Any = partial(run_forward, buffer=buffer, vocabulary=_vocabulary(head.shard))
+        opaque = buffer is None and head.shard is None
+        flat = Flat(*(linear_logprob_fwd if opaque else plain)(*args))
         found: dict[str, Any] = {name: flat.stats[_PLANES[name]] for name in outputs}
         if "is_top1" in found:
             found["is_top1"] = found["is_top1"] != 0
@@ -86,6 +90,17 @@ class TritonBackend:
         kept = Flat(state[0], state, col, state, e, g, eb)
         plain: Any = partial(run_backward, saved=kept, dlogps=dlogps, into=Gradients(*into))
         return HeadGrads(*plain(*args))
+
+
+def _vocabulary(shard: VocabShard | None) -> Vocabulary | None:
+    """Where the shard lies, as the kernels' launchers take it."""
+    if shard is None:
+        return None
+
+    def reduce(tensor: Tensor, operation: str) -> None:
+        (shard.max_ if operation == "max" else shard.sum_)(tensor)
+
+    return Vocabulary(_NO_TARGET, shard.start, shard.total, reduce, shard.longest)
 
 
 def refusal(device_type: str, dtype: torch.dtype) -> str | None:

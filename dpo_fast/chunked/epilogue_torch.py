@@ -30,7 +30,7 @@ class EpilogueRows(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
 
 
-def _below_(
+def below_(
     chunk: Tensor, bias: Tensor | None, softcap: float | None, scale: float, slope: bool
 ) -> Tensor | None:
     """Turns ``chunk`` from logits into a (z with a softcap) in place.
@@ -51,7 +51,7 @@ def _below_(
     return gain
 
 
-def _shift_(chunk: Tensor, shift: Tensor, softcap: float | None, scale: float) -> None:
+def shift_(chunk: Tensor, shift: Tensor, softcap: float | None, scale: float) -> None:
     """``z - k`` in place. The difference is taken before the scale: large logits keep digits."""
     chunk.sub_(shift.unsqueeze(1))
     if softcap is None and scale != 1.0:
@@ -76,14 +76,14 @@ def epilogue_(
 ) -> EpilogueRows:
     """Log-probs and statistics of a chunk of rows; see the module's formulas."""
     y = target.unsqueeze(1)
-    gain = _below_(chunk, bias, softcap, scale, store)
+    gain = below_(chunk, bias, softcap, scale, store)
     shift = chunk.amax(dim=1)
     stats: dict[str, Tensor] = {}
     if "mean_logit" in outputs:
         stats["mean_logit"] = chunk.mean(dim=1) * (scale if softcap is None else 1.0)
     if "is_top1" in outputs:
         stats["is_top1"] = chunk.argmax(dim=1) == target
-    _shift_(chunk, shift, softcap, scale)
+    shift_(chunk, shift, softcap, scale)
     below = chunk.gather(1, y).squeeze(1)  # z_y - k
     shifted = chunk.clone() if "entropy" in outputs else None
     chunk.exp_()
@@ -115,7 +115,7 @@ def exponentials_(
     scale: float,
 ) -> None:
     """The stored chunk again, from fresh logits and what :func:`epilogue_` found: one pass."""
-    gain = _below_(chunk, bias, softcap, scale, True)
-    _shift_(chunk, shift, softcap, scale)
+    gain = below_(chunk, bias, softcap, scale, True)
+    shift_(chunk, shift, softcap, scale)
     chunk.exp_()
     _store(chunk, target.unsqueeze(1), rest, gain)

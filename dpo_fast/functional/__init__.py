@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dpo_fast.backends.shard import VocabShard
 from dpo_fast.functional.fused import FusedDPOOutput, fused_linear_dpo
 from dpo_fast.functional.liger_compat import FusedLinearDPOLoss
 from dpo_fast.functional.linear import linear_logprobs
@@ -18,6 +19,7 @@ __all__ = [
     "HeadLoRA",
     "LinearLogprobs",
     "PairGroup",
+    "VocabShard",
     "ema_",
     "fused_linear_dpo",
     "linear_logprobs",

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.backends import LinearHead, choose
+from dpo_fast.backends import LinearHead, choose, choose_sharded
 from dpo_fast.functional import validate
 from dpo_fast.functional.autocast import autocast_head
 from dpo_fast.functional.fused_function import FusedJob, FusedLinearDPO, Rows
-from dpo_fast.functional.linear import Mode
+from dpo_fast.functional.linear import Mode, vocab_shard
 from dpo_fast.functional.pair_stats import PairGroup, check_stats
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
@@ -56,6 +56,7 @@ def fused_linear_dpo(
     ignore_index: int = -100,
     lora: HeadLoRA | None = None,
     group: Any = None,
+    sequence_group: Any = None,
     outputs: Sequence[str] = (),
     backend: str = "auto",
     mode: Mode | None = None,
@@ -91,6 +92,13 @@ def fused_linear_dpo(
             :class:`PairGroup`.
         pair_weight: None means ``1 / P``.
         seq_lens: lengths of the S sequences on the host; saves a device sync on CUDA.
+        sequence_group: a ``ProcessGroup`` over which the tokens of each sequence are spread
+            (context or sequence parallel): the ranks pass the same S sequences with their own
+            tokens, sums over sequences are reduced, and losses, logps and rewards are those of
+            whole sequences on every rank. The gradient on a rank is that of its own tokens: the
+            engine must sum gradients over the group (where it averages, multiply the loss by the
+            group's size). ``ref_logps`` are of whole sequences, lengths in ``stats`` as well.
+        group: as :func:`linear_logprobs`; ``ref_weight`` is then split like ``weight``.
         outputs, backend, mode, workspace, and the head's parameters: as :func:`linear_logprobs`.
 
     Returns:
@@ -112,27 +120,31 @@ def fused_linear_dpo(
     Source: DPO, arXiv 2305.18290 eq. 7; any loss with a derivative with respect to log-probs works.
     """
     names = validate.check_outputs(outputs)
-    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace, group)
+    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace)
     if not callable(loss):
         raise ValueError(
             f"loss={loss!r} must be callable; build_loss({loss!r}) makes one of a name"
         )
     scale = logit_scale / temperature
     hidden, head = _checked_head(policy_hidden, LinearHead(weight, bias, softcap, scale, lora))
-    validate.check_tokens(hidden, head.weight, target, ignore_index, cu_seqlens, token_weight)
+    head = head._replace(shard=vocab_shard(group, head.weight))
+    validate.check_tokens(hidden, head.vocab, target, ignore_index, cu_seqlens, token_weight)
     pairs = validate.check_pairs(cu_seqlens, seq_lens, pair_weight, ref_logps, hidden)
     if ref_hidden is None and ref_weight is not None:
         raise ValueError(
             "ref_weight without ref_hidden: pass the reference's hidden states as well"
         )
-    ref_head = LinearHead(weight, bias if ref_bias is None else ref_bias, softcap, scale, ref_lora)
+    ref_head = LinearHead(
+        weight, bias if ref_bias is None else ref_bias, softcap, scale, ref_lora, head.shard
+    )
     if ref_weight is not None:
         ref_head = ref_head._replace(weight=ref_weight, bias=ref_bias)
-    reference = _checked_reference(hidden, ref_hidden, ref_head, ref_logps, loss)
+    reference = _checked_reference(hidden, head, ref_hidden, ref_head, ref_logps, loss)
     check_stats(loss, stats)
+    pick = choose if head.shard is None else choose_sharded
     rows = Rows(target, cu_seqlens, seq_lens, token_weight, ignore_index)
     job = FusedJob(
-        backend=choose(backend, hidden.device.type, hidden.dtype),
+        backend=pick(backend, hidden.device.type, hidden.dtype),
         rows=rows,
         reference=reference,
         ref_logps=None if ref_logps is None else ref_logps.detach(),
@@ -142,6 +154,7 @@ def fused_linear_dpo(
         outputs=names,
         mode=mode,
         workspace=workspace,
+        sequence_group=sequence_group,
     )
     return _run(job, hidden, head)
 
@@ -157,6 +170,7 @@ def _checked_head(
 
 def _checked_reference(
     hidden: Tensor,
+    head: LinearHead,
     ref_hidden: Tensor | None,
     ref_head: LinearHead,
     ref_logps: Tensor | None,
@@ -178,6 +192,12 @@ def _checked_reference(
             f"ref_hidden has {ref_hidden.shape[0]} rows and policy_hidden {hidden.shape[0]}; "
             "both models must score the same N tokens"
         )
+    if ref_head.shard is not None and ref_head.weight.shape[0] != head.weight.shape[0]:
+        raise ValueError(
+            f"ref_weight has {ref_head.weight.shape[0]} rows on this rank and weight "
+            f"{head.weight.shape[0]}; under a group both are split alike: compute the "
+            "reference's log-probs apart and pass ref_logps"
+        )
     return ref_hidden, ref_head
 
 
@@ -195,7 +215,7 @@ def _run(job: FusedJob, hidden: Tensor, head: LinearHead) -> FusedDPOOutput:
         head.bias,
         None if lora is None else lora.a,
         None if lora is None else lora.b,
-        (head.softcap, head.scale, 0.0 if lora is None else lora.scale),
+        (head.softcap, head.scale, 0.0 if lora is None else lora.scale, head.shard),
         job._replace(rows=scored),
         torch.is_grad_enabled(),
     )

@@ -16,14 +16,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_fast.backends import HeadBackend, HeadGrads, LinearHead, Needs, buffer_bytes
+from dpo_fast.backends import (
+    HeadBackend,
+    HeadGrads,
+    LinearHead,
+    Needs,
+    VocabShard,
+    buffer_bytes,
+)
 from dpo_fast.backends.scratch import scratch
 from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
-from dpo_fast.functional.linear import may_store
+from dpo_fast.functional.linear import may_store, whole_grads
 from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
 from dpo_fast.functional.pair_stats import PairGroup, group_stats, needed_outputs
-from dpo_fast.functional.segments import compacted_borders, segment_sum
+from dpo_fast.functional.segments import compacted_borders, segment_sum, sum_over_ranks
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
 
@@ -71,6 +78,7 @@ class FusedJob(NamedTuple):
     outputs: tuple[str, ...]
     mode: Any
     workspace: int | None
+    sequence_group: Any = None
 
 
 class _Scored(NamedTuple):
@@ -94,13 +102,13 @@ class FusedLinearDPO(torch.autograd.Function):
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
-        scalars: tuple[float | None, float, float],
+        options: tuple[float | None, float, float, VocabShard | None],
         job: FusedJob,
         grad_enabled: bool,
     ) -> tuple[Tensor | None, ...]:
-        softcap, scale, lora_scale = scalars
+        softcap, scale, lora_scale, shard = options
         lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
-        head = LinearHead(weight, bias, softcap, scale, lora)
+        head = LinearHead(weight, bias, softcap, scale, lora, shard)
         needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
         with no_autocast(hidden):
             outputs, grads = run_groups(job, hidden, head, needs)
@@ -150,7 +158,8 @@ def run_groups(
             if dhidden is not None and part.grads.hidden is not None:
                 group.put(dhidden, part.grads.hidden)
             parts.append(part._replace(grads=HeadGrads()))
-    return _collect(job, groups, parts, hidden), totals._replace(hidden=dhidden)
+    grads = whole_grads(totals._replace(hidden=dhidden), head.shard)
+    return _collect(job, groups, parts, hidden), grads
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -163,16 +172,18 @@ def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[lis
     everything = one_group(borders.numel() // 2, rows)
     if not needs.head:
         return everything, False
+    if job.sequence_group is not None:  # groups would be cut by lengths that ranks do not share
+        return everything, may_store(job.backend, head, rows, job.mode, job.workspace)
     if may_store(job.backend, head, rows, None, job.workspace):
         return everything, job.mode != "min-memory"
     if job.mode == "min-memory" or not getattr(job.loss, "separable", False):
         return everything, job.mode == "store"
-    limit = job.workspace
+    limit, alike = job.workspace, head.for_plans()
     if limit is None:
-        limit = job.backend.default_workspace(head)
+        limit = job.backend.default_workspace(alike)
     lens = job.rows.seq_lens
     host = borders.tolist() if lens is None else [0, *accumulate(lens)]
-    return plan_groups(host, limit // job.backend.row_bytes(head)), True
+    return plan_groups(host, limit // job.backend.row_bytes(alike)), True
 
 
 def _score_group(
@@ -202,7 +213,7 @@ def _score_group(
             store=False,
             buffer=memory,
         )
-        ref_logps = _sums(found.result.logps, scored, weight, borders)
+        ref_logps = _sums(found.result.logps, scored, weight, borders, job.sequence_group)
     elif job.ref_logps is not None:
         ref_logps = torch.cat(
             (
@@ -224,8 +235,9 @@ def _score_group(
     leaf = tokens.logps.detach()
     with torch.set_grad_enabled(any(needs)):
         leaf.requires_grad_(any(needs))
-        logps = _sums(leaf, scored, weight, borders)
-        view = PairGroup(slice(group.start, group.stop), leaf, borders, tokens)
+        logps = _sums(leaf, scored, weight, borders, job.sequence_group)
+        pairs_of = slice(group.start, group.stop)
+        view = PairGroup(pairs_of, leaf, borders, tokens, job.sequence_group)
         if scored is not None:
             view = view._replace(logps=torch.where(scored, leaf, 0.0))
         kwargs = group_stats(job.loss, job.stats, view)
@@ -241,10 +253,17 @@ def _score_group(
     return _Scored(loss, logps.detach(), ref_logps, tokens, grads)
 
 
-def _sums(logps: Tensor, scored: Tensor | None, weight: Tensor | None, borders: Tensor) -> Tensor:
+def _sums(
+    logps: Tensor,
+    scored: Tensor | None,
+    weight: Tensor | None,
+    borders: Tensor,
+    sequence_group: Any,
+) -> Tensor:
     if scored is not None:
         logps = torch.where(scored, logps, 0.0)
-    return segment_sum(logps if weight is None else logps * weight, borders)
+    sums = segment_sum(logps if weight is None else logps * weight, borders)
+    return sum_over_ranks(sums, sequence_group)
 
 
 def _collect(

@@ -4,13 +4,22 @@ Legend: N scored tokens, H hidden, V vocabulary, r rank of the head's adapter.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_fast.backends import HeadBackend, LinearHead, Needs, Saved, choose
+from dpo_fast.backends import (
+    HeadBackend,
+    HeadGrads,
+    LinearHead,
+    Needs,
+    Saved,
+    VocabShard,
+    choose,
+    choose_sharded,
+)
 from dpo_fast.functional import validate
 from dpo_fast.functional.autocast import autocast_head, no_autocast
 from dpo_fast.naive import OUTPUTS, HeadLoRA, LinearLogprobs
@@ -52,7 +61,12 @@ def linear_logprobs(
             them again (one more GEMM); None stores what fits into ``workspace``.
         workspace: bytes that stored probabilities may occupy; None: at least 64 MiB on the CPU,
             1 GiB elsewhere, and at least the head's gradient.
-        group: reserved for a vocabulary split over processes; must be None.
+        group: the vocabulary is split over processes, and ``weight``, ``bias`` and ``lora.b`` are
+            this rank's rows of it: a :class:`VocabShard`, or a ``ProcessGroup`` (its ranks' rows in
+            rank order; one more collective and a host sync a call). All ranks of the group pass the
+            same ``hidden`` and ``target``, which counts over the whole vocabulary, and get the same
+            log-probs. Reduced: two numbers a token forward (three without the Triton kernels, more
+            with ``outputs``), the gradients of hidden and lora.a backward.
 
     Returns:
         ``[N]`` float32 (float64 for float64 inputs), 0 where ``target == ignore_index``; with
@@ -73,12 +87,14 @@ def linear_logprobs(
     Source: the non-target sum keeps ``1 - p`` exact; see ``chunked/epilogue_torch.py``.
     """
     names = validate.check_outputs(outputs)
-    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace, group)
+    validate.check_scalars(softcap, logit_scale, temperature, mode, workspace)
     hidden, weight, bias, lora = autocast_head(hidden, weight, bias, lora)
     validate.check_head(hidden, weight, bias, lora)
-    validate.check_target(target, hidden.shape[0], weight.shape[0], ignore_index, hidden)
-    chosen = choose(backend, hidden.device.type, hidden.dtype)
-    head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora)
+    shard = vocab_shard(group, weight)
+    head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora, shard)
+    validate.check_target(target, hidden.shape[0], head.vocab, ignore_index, hidden)
+    pick = choose if shard is None else choose_sharded
+    chosen = pick(backend, hidden.device.type, hidden.dtype)
     result = score_valid(chosen, hidden, head, target, ignore_index, names, mode, workspace)
     return result if names else result.logps
 
@@ -130,7 +146,14 @@ def score(
         None if lora is None else lora.a,
         None if lora is None else lora.b,
         target,
-        (backend, head.softcap, head.scale, 0.0 if lora is None else lora.scale, outputs),
+        _Options(
+            backend,
+            head.softcap,
+            head.scale,
+            0.0 if lora is None else lora.scale,
+            head.shard,
+            outputs,
+        ),
         may_store(backend, head, hidden.shape[0], mode, workspace),
         torch.is_grad_enabled(),
     )
@@ -143,8 +166,41 @@ def may_store(
     """Whether probabilities of ``rows`` rows may be kept: by order, else by the workspace."""
     if mode is not None:
         return mode == "store"
+    head = head.for_plans()
     limit = backend.default_workspace(head) if workspace is None else workspace
     return rows * backend.row_bytes(head) <= limit
+
+
+class _Options(NamedTuple):
+    """Everything of a call that is no tensor."""
+
+    backend: HeadBackend
+    softcap: float | None
+    scale: float
+    lora_scale: float
+    shard: VocabShard | None
+    outputs: tuple[str, ...]
+
+
+def vocab_shard(group: Any, weight: Tensor) -> VocabShard | None:
+    """``group=`` of the public ops as a shard."""
+    if group is None or isinstance(group, VocabShard):
+        return group
+    if isinstance(group, torch.distributed.ProcessGroup):
+        return VocabShard.exchange(group, weight.shape[0], weight.device)
+    raise ValueError(
+        f"group={group!r} must be a VocabShard (VocabShard.even(process_group, V) for DTensor's "
+        "Shard(0)), a torch.distributed.ProcessGroup, or None"
+    )
+
+
+def whole_grads(grads: HeadGrads, shard: VocabShard | None) -> HeadGrads:
+    """Gradients of what every rank holds whole, summed over the ranks' parts in place."""
+    if shard is not None:
+        for part in (grads.hidden, grads.lora_a):
+            if part is not None:
+                shard.sum_(part)
+    return grads
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -159,15 +215,15 @@ class _LinearLogprobs(torch.autograd.Function):
         lora_a: Tensor | None,
         lora_b: Tensor | None,
         target: Tensor,
-        options: tuple[HeadBackend, float | None, float, float, tuple[str, ...]],
+        options: _Options,
         store: bool,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        backend, softcap, scale, lora_scale, outputs = options
+        backend, softcap, scale, lora_scale, shard, outputs = options
         lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
         # needs_input_grad does not know of no_grad, and here grad mode is off in any case.
         needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
-        head = LinearHead(weight, bias, softcap, scale, lora)
+        head = LinearHead(weight, bias, softcap, scale, lora, shard)
         with no_autocast(hidden):
             result, saved = backend.forward(
                 hidden, head, target, needs=needs, outputs=outputs, store=store
@@ -175,7 +231,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if saved is not None:
             ctx.save_for_backward(*saved.tensors)
-            ctx.backend, ctx.meta = backend, saved.meta
+            ctx.backend, ctx.meta, ctx.shard = backend, saved.meta, shard
             ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a)]
         stats = tuple(getattr(result, name) for name in outputs)
         ctx.mark_non_differentiable(*stats)
@@ -188,6 +244,7 @@ class _LinearLogprobs(torch.autograd.Function):
             return (None,) * 9
         with no_autocast(dlogps):
             grads = ctx.backend.backward(Saved(ctx.saved_tensors, ctx.meta), dlogps)
+            grads = whole_grads(grads, ctx.shard)
         dtypes = [*ctx.dtypes, ctx.dtypes[-1]]
         narrow = [None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
         return (*narrow, None, None, None, None)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.functional.segments import segment_sum
+from dpo_fast.functional.segments import segment_sum, sum_over_ranks
 from dpo_fast.naive import LinearLogprobs
 
 
@@ -21,12 +21,13 @@ class PairGroup(NamedTuple):
     logps: Tensor  # [n] unweighted token log-probs, chosen rows first; differentiable
     cu_seqlens: Tensor  # [2p + 1] borders of the group's sequences in logps
     token_stats: LinearLogprobs  # [n] each, what ``outputs`` asked for; no gradient
+    ranks: Any = None  # process group over which the tokens of each sequence are spread
 
 
 def chosen_nll_sum(group: PairGroup) -> Tensor:
     """Minus the sum of the unweighted token log-probs of each chosen answer, ``[p]``."""
     pairs = group.cu_seqlens.numel() // 2
-    return -segment_sum(group.logps, group.cu_seqlens)[:pairs]
+    return -sum_over_ranks(segment_sum(group.logps, group.cu_seqlens), group.ranks)[:pairs]
 
 
 def wpo_weight(group: PairGroup) -> Tensor:
@@ -38,9 +39,9 @@ def wpo_weight(group: PairGroup) -> Tensor:
     concentration = group.token_stats.log_sum_sq_probs
     assert concentration is not None
     with torch.no_grad():
-        lengths = group.cu_seqlens.diff().clamp_min(1)
+        lengths = sum_over_ranks(group.cu_seqlens.diff(), group.ranks).clamp_min(1)
         total = segment_sum(group.logps.detach() - concentration, group.cu_seqlens)
-        weight = (total / lengths).exp()
+        weight = (sum_over_ranks(total, group.ranks) / lengths).exp()
         pairs = weight.shape[0] // 2
         return weight[:pairs] * weight[pairs:]
 

@@ -3,7 +3,10 @@
 Legend: S sequences, N scored tokens.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -26,3 +29,24 @@ def compacted_borders(cu_seqlens: Tensor, valid: Tensor) -> Tensor:
     """``cu_seqlens`` after the rows outside the mask ``valid`` [N] have been dropped."""
     counts = torch.cat((valid.new_zeros(1, dtype=torch.int64), valid.cumsum(0)))
     return counts[cu_seqlens]
+
+
+def sum_over_ranks(values: Tensor, group: Any) -> Tensor:
+    """Sum of ``values`` over the processes of ``group`` (None: ``values``), the same bits on each.
+
+    For sums over sequences whose tokens are spread over the processes. The gradient is passed on as
+    it is: every rank computes the same loss, and its gradient is that of its own tokens.
+    """
+    return values if group is None else _SumOverRanks.apply(values, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        total = values.detach().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

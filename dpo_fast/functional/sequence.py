@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dpo_fast.functional import validate
 from dpo_fast.functional.linear import Mode, linear_logprobs
-from dpo_fast.functional.segments import segment_sum
+from dpo_fast.functional.segments import segment_sum, sum_over_ranks
 from dpo_fast.naive import HeadLoRA
 
 
@@ -27,6 +27,7 @@ def sequence_logprobs(
     ignore_index: int = -100,
     lora: HeadLoRA | None = None,
     group: Any = None,
+    sequence_group: Any = None,
     backend: str = "auto",
     mode: Mode | None = None,
     workspace: int | None = None,
@@ -36,6 +37,10 @@ def sequence_logprobs(
     The same as ``linear_logprobs(...)``, times ``token_weight`` where given, summed over
     ``cu_seqlens[s] : cu_seqlens[s + 1]``; see :func:`linear_logprobs` for everything else. Sums are
     taken in float64 in the order of the tokens; an empty sequence gives 0.
+
+    ``sequence_group``: a ``ProcessGroup`` over which the tokens of each sequence are spread
+    (context or sequence parallel). The ranks pass S sequences each, in one order, with their own
+    tokens, and get the sums over all; the gradient is that of a rank's own tokens.
 
     Gradients: as :func:`linear_logprobs`, and to ``token_weight`` if it requires one.
 
@@ -61,4 +66,5 @@ def sequence_logprobs(
     assert isinstance(logps, Tensor)
     validate.check_borders(cu_seqlens, hidden.shape[0], hidden)
     validate.check_token_weight(token_weight, hidden.shape[0], hidden)
-    return segment_sum(logps if token_weight is None else logps * token_weight, cu_seqlens)
+    sums = segment_sum(logps if token_weight is None else logps * token_weight, cu_seqlens)
+    return sum_over_ranks(sums, sequence_group)

@@ -24,7 +24,9 @@ def check_floating(tensor: Tensor, name: str, dim: int, legend: str) -> None:
         raise ValueError(
             f"{name} is a DTensor with placements {tensor.placements}, and the ops compute with "
             "plain memory: under FSDP2 leave the LM head to fully_shard(model), whose forward "
-            "gathers it, instead of sharding it apart; elsewhere pass .full_tensor()"
+            "gathers it, instead of sharding it apart; under tensor parallel score through "
+            "dpo_fast.models.forward_scored, or pass weight.to_local() and "
+            "group=VocabShard.even(process_group, V); elsewhere pass .full_tensor()"
         )
     if tensor.dim() != dim or not tensor.is_floating_point():
         raise ValueError(
@@ -112,7 +114,6 @@ def check_scalars(
     temperature: float,
     mode: str | None,
     workspace: int | None,
-    group: object,
 ) -> None:
     """Ranges of the numbers between the GEMM and the softmax, and the options' names."""
     if softcap is not None and not softcap > 0:
@@ -125,11 +126,6 @@ def check_scalars(
         raise ValueError(f"mode={mode!r} is unknown; use one of {', '.join(map(repr, MODES))}")
     if workspace is not None and workspace < 0:
         raise ValueError(f"workspace={workspace} must be a number of bytes, or None")
-    if group is not None:
-        raise ValueError(
-            f"group={group!r}: a vocabulary split over processes is not supported by the backends "
-            "of this version; gather the weight and pass group=None"
-        )
 
 
 def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
@@ -185,7 +181,7 @@ def check_token_weight(token_weight: Tensor | None, rows: int, like: Tensor) -> 
 
 def check_tokens(
     hidden: Tensor,
-    weight: Tensor,
+    vocab: int,
     target: Tensor,
     ignore_index: int,
     cu_seqlens: Tensor,
@@ -193,7 +189,7 @@ def check_tokens(
 ) -> None:
     """Everything that has one entry a token, and the borders of the sequences."""
     rows = hidden.shape[0]
-    check_target(target, rows, weight.shape[0], ignore_index, hidden)
+    check_target(target, rows, vocab, ignore_index, hidden)
     check_borders(cu_seqlens, rows, hidden)
     check_token_weight(token_weight, rows, hidden)
 

@@ -94,7 +94,7 @@ def patch_model(
             adapter on the head that cannot be computed without logits.
     """
     names = check_outputs(outputs)
-    check_scalars(None, 1.0, temperature, None, None, None)
+    check_scalars(None, 1.0, temperature, None, None)
     settings = _Settings(temperature, names, backend)
     lm = base_causal_lm(model)
     present = _settings_of(lm)

@@ -7,6 +7,7 @@ from torch import nn
 
 from dpo_fast.models.head import base_causal_lm
 from dpo_fast.models.scoring import install_scoring
+from dpo_fast.models.tensor_parallel import is_dtensor
 from dpo_fast.naive import naive_logits
 
 
@@ -31,12 +32,19 @@ def check_head(model: nn.Module) -> float:
     was_training = [m for m in lm.modules() if m.training]
     lm.eval()
     try:
-        expected = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+        expected = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if is_dtensor(expected):
+            expected = expected.full_tensor()
+        expected = expected[0].float()
         hidden, head = lm(
             input_ids=ids, attention_mask=mask, use_cache=False, scoring=lambda h, head: (h, head)
         ).value
         hidden = hidden[0].to(head.weight.device)
-        logits = naive_logits(hidden, head.weight, **head.kwargs()).float().to(expected.device)
+        kwargs = head.kwargs()
+        shard = kwargs.pop("group", None)
+        logits = naive_logits(hidden, head.weight, **kwargs).float().to(expected.device)
+        if shard is not None and expected.shape[-1] == shard.total:
+            expected = expected[:, shard.start : shard.start + logits.shape[-1]]
     finally:
         for module in was_training:
             module.training = True

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dpo_fast.backends.shard import VocabShard
 from dpo_fast.naive import HeadLoRA
 
 if TYPE_CHECKING:
@@ -40,15 +41,17 @@ class Head:
     softcap: float | None = None
     logit_scale: float = 1.0
     lora: HeadLoRA | None = None
+    shard: VocabShard | None = None  # weight, bias and lora.b are these rows of a split vocabulary
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of the ops of :mod:`dpo_fast.functional`, without the weight."""
-        return {
+        kwargs: dict[str, Any] = {
             "bias": self.bias,
             "softcap": self.softcap,
             "logit_scale": self.logit_scale,
             "lora": self.lora,
         }
+        return kwargs if self.shard is None else {**kwargs, "group": self.shard}
 
 
 def is_peft_model(model: nn.Module) -> bool:

@@ -17,8 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import COUNT_KEYS, GROUPS_KEY, PLAN_KEYS, SEGMENTS_KEY, TokenPlan
+from dpo_fast.batch import (
+    COUNT_KEYS,
+    GROUPS_KEY,
+    PLAN_KEYS,
+    SEGMENTS_KEY,
+    SHIFT_KEY,
+    TokenPlan,
+)
 from dpo_fast.models.head import Head, base_causal_lm, head_of
+from dpo_fast.models.tensor_parallel import local_head, whole_hidden
 from dpo_fast.row_groups import RowGroups, run_in_groups
 
 _ORIGINAL = "_dpo_fast_original_forward"
@@ -29,6 +37,7 @@ NON_MODEL_KEYS = (
     GROUPS_KEY,
     "completion_mask",
     "labels",
+    SHIFT_KEY,
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
@@ -74,7 +83,8 @@ def install_scoring(model: nn.Module) -> None:
         if row_groups is not None and not args:
             hidden = run_in_groups(_last_hidden_state(self), kwargs, row_groups)
             if hidden is not None:
-                return ScoredOutput(scoring(hidden, head_of(base_causal_lm(self))), None)
+                lm = base_causal_lm(self)
+                return ScoredOutput(scoring(hidden, local_head(head_of(lm), lm)), None)
         return _run_scored(self, args, kwargs, scoring, router_mask)
 
     # `generate` validates its arguments against the forward's signature.
@@ -104,7 +114,8 @@ def forward_scored(
         batch: model inputs and the keys of :class:`dpo_fast.batch.TokenPlan`; other keys go to the
             model.
         fn: called once, inside the forward, with the hidden states that predict the N scored
-            tokens.
+            tokens. Of a tensor-parallel model it gets whole hidden states and this rank's rows of
+            the head; ``head.kwargs()`` then holds the group that the ops reduce over.
         aux_loss: ask a mixture-of-experts model for its load balancing loss.
     """
     plan = TokenPlan.from_batch(batch)
@@ -132,7 +143,7 @@ def forward_scored(
 
 def _last_hidden_state(model: nn.Module) -> Callable[..., Tensor]:
     backbone: Any = base_causal_lm(model).base_model
-    return lambda **inputs: backbone(**inputs)[0]
+    return lambda **inputs: whole_hidden(backbone(**inputs)[0])
 
 
 def _run_scored(
@@ -153,7 +164,7 @@ def _run_scored(
             "run it inside dpo_fast.layouts.segment_attention_in(model); where that is done, its "
             "family needs batch_layout='padded'."
         )
-    value = scoring(outputs[0], head_of(lm))
+    value = scoring(whole_hidden(outputs[0]), local_head(head_of(lm), lm))
     aux = None
     if kwargs.get("output_router_logits"):
         mask = kwargs.get("attention_mask") if router_mask is None else router_mask

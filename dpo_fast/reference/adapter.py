@@ -5,6 +5,7 @@ N scored tokens, H hidden.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ class AdapterReference(ScoredReference):
         lora = head.lora
         if lora is not None:
             lora = HeadLoRA(own(lora.a), own(lora.b), lora.scale)  # type: ignore[arg-type]
-        return Head(own(head.weight), own(head.bias), head.softcap, head.logit_scale, lora)  # type: ignore[arg-type]
+        return replace(head, weight=own(head.weight), bias=own(head.bias), lora=lora)  # type: ignore[arg-type]
 
     def _compute_fingerprint(self) -> str:
         return adapter_fingerprint(self.model, self.exchange.copies, adapters_off=self.adapters_off)

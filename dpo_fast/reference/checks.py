@@ -22,9 +22,12 @@ def check_finite(module: nn.Module, what: str) -> None:
     """
     names, extremes = [], []
     for name, param in module.named_parameters():
-        if param.is_floating_point() and param.numel() and not param.is_meta:
+        if not param.is_floating_point() or param.is_meta:
+            continue
+        values = _plain(param.detach())
+        if values.numel():
             names.append(name)
-            extremes.append(torch.stack(torch.aminmax(_plain(param.detach()))).float())
+            extremes.append(torch.stack(torch.aminmax(values)).float())
     by_device: dict[torch.device, list[int]] = {}
     for i, extreme in enumerate(extremes):
         by_device.setdefault(extreme.device, []).append(i)
@@ -42,7 +45,8 @@ def check_finite(module: nn.Module, what: str) -> None:
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    # float8 has no comparison; bf16 holds all of its values
+    # each rank looks at its own shard; float8 has no comparison, and bf16 holds all of its values
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return tensor.bfloat16() if tensor.element_size() == 1 else tensor
 
 

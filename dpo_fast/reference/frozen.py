@@ -4,6 +4,7 @@ H hidden, N scored tokens.
 """
 
 import copy
+import types
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ def frozen_copy(
     in the old dtype. With ``dtype``, floating-point parameters in the model's own dtype are cast;
     others (layers kept in float32, quantised weights) and buffers keep theirs.
     """
+    _refuse_bound_forwards(model)
     memo: dict[int, Any] = {}
     own = getattr(model, "dtype", None)
     for param in model.parameters():
@@ -100,3 +102,21 @@ def frozen_copy(
     if dtype is not None and hasattr(lm, "config"):
         lm.config.dtype = dtype
     return duplicate.requires_grad_(False)
+
+
+def _refuse_bound_forwards(model: nn.Module) -> None:
+    """transformers' tensor parallel layers close over the module they were made for: in a copy
+    they would run the policy's weights, and the reference would move with the policy.
+    """
+    split = any(hasattr(param, "placements") for param in model.parameters())
+    bound = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module.__dict__.get("forward"), types.FunctionType)
+    ]
+    if split and bound:
+        raise ValueError(
+            f"{type(model).__name__} is tensor parallel (tp_plan), and a copy of its layers "
+            f"({bound[0]} and {len(bound) - 1} more) would run the policy's own weights: give "
+            "ref_model, loaded with the same tp_plan, or use reference='precomputed'."
+        )

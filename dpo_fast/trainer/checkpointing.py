@@ -74,7 +74,12 @@ class CheckpointingMixin:
         return super()._get_output_dir(trial)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save aside, with reference and model card; hash, sync, rename; then rotate."""
+        """Save aside, with reference and model card; hash, sync, rename; then rotate.
+
+        Raises:
+            FloatingPointError: a loss since the last log was not finite; nothing is written.
+        """
+        self.refuse_nonfinite_loss()  # type: ignore[attr-defined]
         run_dir = self._get_output_dir(trial)
         is_main = self.is_world_process_zero()  # type: ignore[attr-defined]
         with (

@@ -18,10 +18,11 @@ from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
 from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
+from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 from dpo_fast.trainer.datasets import DatasetsMixin
 from dpo_fast.trainer.layouts import LayoutsMixin
 from dpo_fast.trainer.logs import LogsMixin
-from dpo_fast.trainer.objective import BatchCounts, Objective
+from dpo_fast.trainer.objective import Objective
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -135,6 +136,7 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
             optimizers=optimizers,
         )
         self._refuse_data_parallel()
+        setup.refuse_cut_sequences(self.accelerator)
         # The loss is the share of a mean over the global batch already: the base class must not
         # scale it again.
         self.loss_is_scaled_for_ga = True
@@ -183,26 +185,25 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks that see different pairs."""
+        """Ranks over which the engine averages gradients."""
         return self.accelerator.num_processes // self.get_tp_size()
+
+    @property
+    def ranks_per_pair(self) -> int:
+        """Ranks that see the same pairs: those of a tensor, context or sequence parallel group."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> BatchCounts | None:
-        """Pairs and chosen tokens of all micro-batches of a step, over the ranks; host numbers in
-        one process.
-        """
+        """Pairs and chosen tokens of all micro-batches of a step, over the ranks."""
         if not batch_samples:
             return None
-        pairs = tokens = 0
-        for batch in batch_samples:
-            lens = batch["seq_lens"]
-            pairs += len(lens) // 2
-            tokens += sum(lens[: len(lens) // 2])
-        if self.accelerator.num_processes > 1:
-            both = torch.tensor([pairs, tokens], device=device)
-            pairs, tokens = (self.accelerator.reduce(both, "sum") // self.get_tp_size()).tolist()
-        return BatchCounts(pairs, tokens)
+        counts = local_counts(batch_samples)
+        if self.accelerator.num_processes == 1:
+            return BatchCounts(*counts)
+        total = self.accelerator.reduce(on_device(counts, device), "sum")
+        return BatchCounts(*(total // self.ranks_per_pair).unbind())
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:

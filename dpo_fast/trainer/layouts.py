@@ -23,6 +23,7 @@ from dpo_fast.layouts import (
     segment_attention_in,
 )
 from dpo_fast.layouts.lengths import PairLengths
+from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 
 MICRO_BATCHES = "micro_batches"
 Collator = Callable[[list[Any]], Any]
@@ -89,9 +90,6 @@ class LayoutsMixin:
     def _why_padded(self, data_collator: Collator | None) -> str | None:
         if data_collator is not None:
             return "the data collator is the caller's own"
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and (parallel.cp_enabled or getattr(parallel, "sp_enabled", False)):
-            return "context parallelism cuts rows across ranks"
         return None
 
     def _train_lengths(self) -> PairLengths | None:
@@ -202,16 +200,21 @@ class LayoutsMixin:
             return [], None
         rows = [row for batch in loaded for row in batch["rows"].rows]
         batches = self._budget.cut(rows)
-        counts = self._get_num_items_in_batch(batches, device)  # type: ignore[attr-defined]
-        batches = self._budget.fill(batches, self._most(len(batches), device))
+        counts, most = self._exchange(batches, device)
+        batches = self._budget.fill(batches, most)
         return [{MICRO_BATCHES: []} for _ in loaded[1:]] + [{MICRO_BATCHES: batches}], counts
 
-    def _most(self, number: int, device: torch.device) -> int:
-        """The largest ``number`` of any rank."""
-        if self.accelerator.num_processes == 1:
-            return number
-        numbers = self.accelerator.gather(torch.tensor([number], device=device))
-        return int(numbers.max())
+    def _exchange(self, batches: list[Any], device: torch.device) -> tuple[BatchCounts, int]:
+        """Counts over the ranks, and the largest K of any rank: one collective, and one wait,
+        since the host must know how often to forward.
+        """
+        mine = local_counts(batches)
+        ranks = self.accelerator.num_processes
+        if ranks == 1:
+            return BatchCounts(*mine), len(batches)
+        table = self.accelerator.gather(on_device((*mine, len(batches)), device)).view(ranks, 3)
+        pairs, tokens = table[:, :2].sum(dim=0) // self.ranks_per_pair  # type: ignore[attr-defined]
+        return BatchCounts(pairs, tokens), int(table[:, 2].max())
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

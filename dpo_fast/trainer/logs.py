@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from dpo_fast.metrics import MetricBuffer, micro_batch_sums
+from dpo_fast.metrics import MetricBuffer, NonFinite, micro_batch_sums
 from dpo_fast.perf import PerfMeter
 from dpo_fast.trainer.objective import ObjectiveOutput
 
@@ -22,8 +22,13 @@ class LogsMixin:
 
     def init_logs(self) -> None:
         """Called once, when the accelerator exists."""
-        single = self.accelerator.num_processes == 1
-        self._metrics = MetricBuffer(None if single else self._sum_over_ranks)
+        ranks = self.accelerator.num_processes
+        self._metrics = MetricBuffer(
+            None if ranks == 1 else self._sum_over_ranks,
+            rank=self.accelerator.process_index,
+            num_ranks=ranks,
+            copies=self.ranks_per_pair,  # type: ignore[attr-defined]
+        )
         self._perf = PerfMeter(self.model)
 
     def _sum_over_ranks(self, table: Tensor) -> Tensor:
@@ -42,7 +47,8 @@ class LogsMixin:
         """Keep one micro-batch's sums on the device; ``token_counts`` as in ``COUNT_KEYS``."""
         mode = "train" if self.model.training else "eval"
         sums = micro_batch_sums(output.fused, output.plan.seq_lens, token_counts, output.aux_loss)
-        self._metrics.add(mode, sums, has_aux=output.aux_loss is not None)
+        step = self.state.global_step + 1
+        self._metrics.add(mode, sums, step=step, has_aux=output.aux_loss is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, with TRL's names, and hand over to transformers.
@@ -60,17 +66,27 @@ class LogsMixin:
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + key: value for key, value in metrics.items()})
         super().log(logs, start_time)  # type: ignore[misc]
-        if popped is not None and mode == "train" and popped[1].nonfinite:
+        if popped is not None and mode == "train":
             self._refuse_nonfinite(popped[1].nonfinite)
 
-    def _refuse_nonfinite(self, count: int) -> None:
-        if self.args.logging_nan_inf_filter or self.args.fp16:
+    def refuse_nonfinite_loss(self) -> None:
+        """Raise if a training loss since the last log was not finite: before a checkpoint.
+
+        Raises:
+            FloatingPointError: as :meth:`log`.
+        """
+        self._refuse_nonfinite(self._metrics.nonfinite("train"))
+
+    def _refuse_nonfinite(self, found: Sequence[NonFinite]) -> None:
+        if not found or self.args.logging_nan_inf_filter or self.args.fp16:
             return  # fp16's loss scaler skips such steps by itself
+        where = ", ".join(f"rank {rank} at step {step}" for rank, step in found[:8])
+        more = f" and {len(found) - 8} more ranks" if len(found) > 8 else ""
         raise FloatingPointError(
-            f"The loss of {count} micro-batch(es) since the last log (before step "
-            f"{self.state.global_step}) was NaN or infinite. Lower the learning rate or "
-            "max_grad_norm, look at the rows of these steps, or train in fp32; the last complete "
-            "checkpoint is untouched. logging_nan_inf_filter=True goes on regardless."
+            f"The loss was NaN or infinite on {where}{more} (the first time since the last log). "
+            "Lower the learning rate or max_grad_norm, look at the rows of that step, or train in "
+            "fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True goes on "
+            "regardless."
         )
 
 

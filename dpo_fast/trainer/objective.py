@@ -16,15 +16,9 @@ from dpo_fast.functional import FusedDPOOutput, fused_linear_dpo
 from dpo_fast.losses import PairStats, PreferenceLoss
 from dpo_fast.models import Head, forward_scored
 from dpo_fast.reference import Reference
+from dpo_fast.trainer.counts import BatchCounts
 
 TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
-
-
-class BatchCounts(NamedTuple):
-    """Pairs and scored chosen tokens of the global batch that one optimizer step averages over."""
-
-    num_pairs: int
-    num_chosen_tokens: int
 
 
 class ObjectiveOutput(NamedTuple):
@@ -128,7 +122,7 @@ class Objective:
             seq_lens=plan.seq_lens,
             loss=self.loss,
             stats=stats,
-            pair_weight=1.0 / counts.num_pairs,
+            pair_weight=counts.pair_weight(plan.num_pairs),
             token_weight=None if args.ld_alpha is None else plan.ld_weight(args.ld_alpha),
             outputs=TOKEN_OUTPUTS if token_stats else (),
             backend=args.lm_head_backend,

@@ -101,7 +101,8 @@ class Logits:
         vocabulary: Vocabulary,
     ) -> Scored:
         n, vocab = operands.x.shape[0], operands.w.shape[0]
-        chunk = max(1, LOGITS_BYTES // (4 * vocab))
+        widest = vocab if vocabulary.largest is None else vocabulary.largest
+        chunk = max(1, LOGITS_BYTES // (4 * widest))
         blocks = []
         for first in range(0, n, chunk):
             last = min(n, first + chunk)

@@ -48,7 +48,8 @@ def forward(
         e = new_e(n, vocab, engine.e_dtype, operands.x, buffer)
         scored = engine.score(operands, target, e=e, stats=stats, vocabulary=vocabulary)
         return Held(scored, e, *_row_products(problem, scored, e, wanted))
-    size = max(1, GROUP_BYTES // (padded(vocab) * engine.e_dtype.itemsize))
+    widest = vocab if vocabulary.largest is None else vocabulary.largest
+    size = max(1, GROUP_BYTES // (padded(widest) * engine.e_dtype.itemsize))
     e = new_e(min(n, size), vocab, engine.e_dtype, operands.x, buffer)
     parts = []
     for start in range(0, max(n, 1), size):

@@ -78,6 +78,7 @@ def run_forward(
     store: bool,
     engine: str | None,
     buffer: Tensor | None = None,  # uint8, for E
+    vocabulary: Vocabulary | None = None,  # where it is split over processes
 ) -> Flat:
     """Log-probs, statistics, and what :func:`run_backward` needs."""
     lora = _lora(lora_a, lora_b, lora_scale)
@@ -88,7 +89,7 @@ def run_forward(
         wanted=Wanted(*wanted),
         stats=stats,
         store=store,
-        vocabulary=Vocabulary(ignore_index),
+        vocabulary=Vocabulary(ignore_index) if vocabulary is None else vocabulary,
         buffer=buffer,
     )
     state, rows = held.scored.state, held.scored.rows
@@ -96,10 +97,14 @@ def run_forward(
     if stats and state.stats is not None:
         if softcap is None:
             mean = mean_logit(hidden, weight, bias, lora, scale)
+            if vocabulary is not None and vocabulary.reduce is not None and vocabulary.total:
+                mean = mean * (weight.shape[0] / vocabulary.total)
+                vocabulary.reduce(mean, "sum")
             mean = torch.where(rows.col == -2, 0.0, mean)
         else:
             assert held.scored.logit_sum is not None
-            mean = held.scored.logit_sum * (scale / weight.shape[0])
+            whole = weight.shape[0] if vocabulary is None else vocabulary.total
+            mean = held.scored.logit_sum * (scale / (whole or weight.shape[0]))
         found = torch.cat((state.stats, mean.unsqueeze(0)))
     e = held.e
     if e is None:

@@ -32,6 +32,7 @@ class Vocabulary(NamedTuple):
     start: int = 0
     total: int | None = None
     reduce: Reduce | None = None
+    largest: int | None = None  # rows of the longest shard: all ranks cut rows into blocks alike
 
 
 class Scored(NamedTuple):

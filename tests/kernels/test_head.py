@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.functional.cases import make_case
 from tests.kernels.support import HEADS, gold, interpreted, naive, run, small_case
@@ -117,6 +119,26 @@ def test_groups_of_rows_under_a_frozen_head(monkeypatch):
 
     monkeypatch.setattr(kernels, "GROUP_BYTES", 128 * 4 * 5)  # five rows of E at a time
     compare(small_case("all"), "triton", frozen=True)
+
+
+@given(st.integers(1, 40_000), st.integers(1, 2**23))
+def test_groups_are_even_whole_tiles_within_the_limit(rows, row_bytes):
+    from dpo_fast_kernels.head import GROUP_BYTES, ROW_TILE, group_rows
+
+    size = group_rows(rows, row_bytes)
+    assert 1 <= size <= max(1, GROUP_BYTES // row_bytes)
+    if size < rows:
+        assert size % ROW_TILE == 0 or GROUP_BYTES // row_bytes < ROW_TILE
+        last = rows - (-(-rows // size) - 1) * size
+        assert 0 < last <= size
+
+
+def test_literal_groups():
+    from dpo_fast_kernels.head import group_rows
+
+    assert group_rows(8192, 128256 * 2) == 2048
+    assert group_rows(8192, 152064 * 2) == 1664
+    assert group_rows(500, 128256 * 2) == 500
 
 
 def test_slabs_and_blocks_of_the_recomputing_backward(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_fast.backends import LinearHead, choose
-from dpo_fast.functional import fused_linear_dpo, linear_logprobs, sequence_logprobs
+from dpo_fast.functional import fused_linear_dpo, host, linear_logprobs, sequence_logprobs
 from dpo_fast.functional.linear import score
 from dpo_fast.naive import naive_linear_dpo, naive_linear_logprobs, naive_sequence_logprobs
 from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
@@ -55,6 +55,31 @@ def test_traced_whole(mode):
     plain = torch.autograd.grad(loss(*leaves, case.target), leaves)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     traced = torch.autograd.grad(compiled(*leaves, case.target), leaves)
+    for a, b in zip(plain, traced, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [None, "store", "min-memory"])
+def test_a_model_and_its_loss_are_traced_whole(mode, monkeypatch):
+    """As on a GPU, where no value is known to the host: one graph, sums over sequences included."""
+    monkeypatch.setattr(host, "on_host", lambda tensor: False)
+    body = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh())
+    case = make_case(sum(LENGTHS), 16, 37, bias=True, rank=2)
+    case.target[3] = -100
+    cu = borders()
+    x = torch.randn(sum(LENGTHS), 8)
+
+    def loss(x, target, cu):
+        logps = sequence_logprobs(
+            body(x), case.weight, target, cu, mode=mode, backend="triton", softcap=9.0,
+            **case.kwargs,
+        )  # fmt: skip
+        return -torch.nn.functional.logsigmoid(logps[:5] - logps[5:]).sum()
+
+    leaves = [*body.parameters(), *list(case.leaves().values())[1:]]
+    plain = torch.autograd.grad(loss(x, case.target, cu), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(x, case.target, cu), leaves)
     for a, b in zip(plain, traced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

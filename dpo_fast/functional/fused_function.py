@@ -159,15 +159,16 @@ def run_groups(
 ) -> tuple[tuple[Tensor | None, ...], HeadGrads]:
     """All groups in order: the op's outputs and the unscaled gradients."""
     rows, backend = hidden.shape[0], job.backend
-    groups, store = _plan(job, rows, head, needs)
-    most = max((g.rows for g in groups), default=0) if store else 0
+    groups, limit = _plan(job, rows, head, needs)
+    most = max((g.rows for g in groups if g.rows <= limit), default=0)
     size = buffer_bytes(most, backend.row_bytes(head))
     totals = HeadGrads()
     parts: list[_Scored] = []
     dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden)) if needs.hidden else None
     with scratch.borrow(size, hidden.device) as memory:
         for group in groups:
-            part = _score_group(job, group, hidden, head, needs, memory if store else None, totals)
+            room = memory if 0 < limit and group.rows <= limit else None
+            part = _score_group(job, group, hidden, head, needs, room, totals)
             totals = part.grads._replace(hidden=None)
             if dhidden is not None and part.grads.hidden is not None:
                 group.put(dhidden, part.grads.hidden)
@@ -180,24 +181,28 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[list[Group], bool]:
-    """The groups, and whether their probabilities are stored."""
-    borders = job.rows.cu_seqlens
-    everything = one_group(borders.numel() // 2, rows)
+def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[list[Group], int]:
+    """The groups, and up to how many rows the probabilities of a group are stored."""
+    borders, everything = job.rows.cu_seqlens, max(1, rows)
+    whole = one_group(borders.numel() // 2, rows)
     if not needs.head:
-        return everything, False
+        return whole, 0
     if job.sequence_group is not None:  # groups would be cut by lengths that ranks do not share
-        return everything, may_store(job.backend, head, rows, job.mode, job.workspace)
+        fits = may_store(job.backend, head, rows, job.mode, job.workspace)
+        return whole, everything if fits else 0
     if may_store(job.backend, head, rows, None, job.workspace):
-        return everything, job.mode != "min-memory"
+        return whole, 0 if job.mode == "min-memory" else everything
     if job.mode == "min-memory" or not getattr(job.loss, "separable", False):
-        return everything, job.mode == "store"
+        return whole, everything if job.mode == "store" else 0
     limit, alike = job.workspace, head.for_plans()
     if limit is None:
         limit = job.backend.default_workspace(alike)
     lens = job.rows.seq_lens
-    host = borders.tolist() if lens is None else [0, *accumulate(lens)]
-    return plan_groups(host, limit // job.backend.row_bytes(alike)), True
+    known = borders.tolist() if lens is None else [0, *accumulate(lens)]
+    max_rows = limit // job.backend.row_bytes(alike)
+    if job.mode == "store":
+        return plan_groups(known, max_rows, join_long=False), everything
+    return plan_groups(known, max_rows), max_rows
 
 
 def _score_group(

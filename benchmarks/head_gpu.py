@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, Inputs, Step, make_inputs
-from benchmarks.machine import resumable, write_result
+from benchmarks.resume import load_parts, save_parts
 
 SETTINGS = {
     "full/online": {"frozen": False, "online": True},
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0)
     options = parser.parse_args()
     began = time.monotonic()
-    parts = resumable(NAME, "parts")
+    parts = load_parts(NAME)
     for rows, model, setting in product(options.rows, options.models, options.settings):
         part = f"{model} N={rows} {setting}"
         if part in parts:
@@ -161,7 +161,7 @@ def main() -> None:
             break
         parts[part] = run_part(model, rows, setting, options.providers, options.rounds)
         show(part, parts[part])
-        write_result(NAME, {"parts": parts}, "cuda")
+        save_parts(NAME, parts)
         torch.cuda.empty_cache()
     failed = [
         f"{part}: {name}: {row['left_out']}"

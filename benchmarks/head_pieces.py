@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.head_providers import MODELS, Shape
-from benchmarks.machine import resumable, write_result
+from benchmarks.resume import load_parts, save_parts
 
 NAME = "head_pieces"
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    parts = resumable(NAME, "parts")
+    parts = load_parts(NAME)
     for model in options.models:
         part = f"{model} N={options.rows}"
         if part in parts:
@@ -168,7 +168,7 @@ def main() -> None:
             rates = [f"{row[k]:8.0f} {u}" for k, u in (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
                      if k in row]  # fmt: skip
             print(f"  {name:32s} {row['ms']:9.3f} ms {''.join(rates)}", flush=True)
-        write_result(NAME, {"parts": parts}, "cuda")
+        save_parts(NAME, parts)
         torch.cuda.empty_cache()
 
 

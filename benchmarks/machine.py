@@ -1,6 +1,5 @@
 """The line that says on what a number was measured, and the writer of result files."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -29,7 +28,6 @@ def machine_line(device: str = "cpu") -> dict[str, str | int]:
         line["gpu"] = torch.cuda.get_device_name()
         line["cuda"] = torch.version.cuda or "?"
         line["driver"] = _driver()
-        line["sources"] = sources()
     return line
 
 
@@ -39,29 +37,6 @@ def write_result(name: str, payload: dict[str, Any], device: str = "cpu") -> Pat
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine_line(device), **payload}, indent=1) + "\n")
     return path
-
-
-def resumable(name: str, key: str) -> dict[str, Any]:
-    """What ``write_result(name, {key: ..}, "cuda")`` left, if made by these sources on this GPU."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    line, now = found["machine"], machine_line("cuda")
-    same = all(line.get(field) == now[field] for field in ("sources", "gpu", "torch", "triton"))
-    parts: dict[str, Any] = found[key] if same else {}
-    return parts
-
-
-def sources() -> str:
-    """Fingerprint of the code that runs: what a result belongs to where there is no commit."""
-    root, digest = RESULTS.parents[1], hashlib.sha256()
-    for folder in ("dpo_fast", "kernels", "csrc", "benchmarks", "tests/kernels"):
-        for path in sorted((root / folder).rglob("*")):
-            if path.suffix in (".py", ".json", ".cpp", ".cu", ".h") and "results" not in path.parts:
-                digest.update(str(path.relative_to(root)).encode())
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def _cpu_model() -> str:

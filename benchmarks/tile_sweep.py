@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.head_providers import MODELS, Shape
-from benchmarks.machine import machine_line, resumable, write_result
+from benchmarks.machine import machine_line
+from benchmarks.resume import load_parts, save_parts
 
 NAME = "tile_sweep"
 SOFTCAP = 30.0
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--write", action="store_true", help="write the table and stop")
     options = parser.parse_args()
-    parts = resumable(NAME, "parts")
+    parts = load_parts(NAME)
     if options.write:
         write(parts)
         return
@@ -241,7 +242,7 @@ def main() -> None:
                 print(f"out of time before {model} {variant}: run the same command again")
                 return
             parts[f"{model} {variant}"] = sweep(model, variant, options.rows, options.rounds, tiles)
-            write_result(NAME, {"parts": parts}, "cuda")
+            save_parts(NAME, parts)
             torch.cuda.empty_cache()
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.machine import resumable, write_result
+from benchmarks.resume import load_parts, save_parts
 
 ROOT = Path(__file__).parents[1]
 NAME = "test_gpu"
@@ -98,7 +98,8 @@ def outcome(report: Path) -> dict[str, Any]:
         label = f"{case.get('classname', '').rsplit('.', 1)[-1]}::{case.get('name')}"
         bad = [e for e in case if e.tag in ("failure", "error")]
         if bad:
-            failed.append(f"{label}: {(bad[0].get('message') or '').splitlines()[0][:300]}")
+            said = (bad[0].get("message") or "").splitlines() or [""]
+            failed.append(f"{label}: {said[0][:300]}")
         elif (skip := case.find("skipped")) is not None:
             skipped.append(f"{label}: {(skip.get('message') or '')[:200]}")
         else:
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here; `make test` runs what needs none")
     names = options.parts or list(PARTS)
-    results = resumable(NAME, "parts")
+    results = load_parts(NAME)
     if options.list:
         print("\n".join(f"{n}: {results.get(n, 'not run with these sources')}" for n in PARTS))
         return 0
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"\n== {name}", flush=True)
         results[name] = run(name, remaining)
-        write_result(NAME, {"parts": results}, "cuda")
+        save_parts(NAME, results)
     bad = [n for n in names if n in results and not good(results[n])]
     for name in bad:
         print(f"\n{name}:\n  " + "\n  ".join(results[name]["failed"] or ["exit status"]))

@@ -210,7 +210,7 @@ def row_cases(target: str) -> Iterator[Case]:
             "rows", "_finish_rows_kernel", BLOCK=128, E_DTYPE="bf16", STATS=True, STORE=True,
             HAS_LOST=True,            FROM_K=redo, INDIRECT=redo, **gone,
         )  # fmt: skip
-    yield case("rows", "_compact_kernel", BLOCK=4096)
+    yield case("rows", "_compact_kernel", warps=8, BLOCK=4096)
     yield case("row_scale", "_gather_axpy_kernel", BLOCK_N=16, BLOCK_K=128)
     yield case(
         "row_scale", "_row_scale_kernel", BLOCK_N=16, BLOCK_H=128, NEED_DX=True, NEED_XS=True,

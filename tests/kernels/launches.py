@@ -29,7 +29,7 @@ from dpo_fast_kernels.ops import Flat, run_backward, run_forward
 from dpo_fast_kernels.segment import segment_sum
 
 CAPABILITIES = {"sm_90": (9, 0), "sm_80": (8, 0)}
-EXACT = {"_exp_gemm_kernel", "_target_logit_kernel"}  # every variant that is launched is compiled
+EXACT = {"_exp_gemm_kernel"}  # every variant that is launched is compiled; else the blocks
 
 
 class NoDriver:

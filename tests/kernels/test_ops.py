@@ -144,18 +144,40 @@ def test_equal_models_give_log_two_in_bits():
         torch.testing.assert_close(found.logps, found.ref_logps, rtol=1e-6, atol=0)
 
 
-def test_two_forwards_before_one_backward_and_retain_graph():
-    case = make_case(9, 16, 37)
-    leaves = (case.hidden, case.weight)
-    first = linear_logprobs(*leaves, case.target, backend="triton")
-    second = linear_logprobs(case.hidden * 2, case.weight, case.target, backend="triton")
-    once = torch.autograd.grad(first.sum(), leaves, retain_graph=True)
-    both = torch.autograd.grad(first.sum() + second.sum(), leaves, retain_graph=True)
-    again = torch.autograd.grad(first.sum(), leaves)
-    rest = torch.autograd.grad(second.sum(), leaves)
-    for a, b, c, d in zip(once, both, again, rest, strict=True):
-        assert torch.equal(a, c)
-        torch.testing.assert_close(b, a + d)
+WAYS = {"store": ("store", True), "again": ("min-memory", True), "frozen": (None, False)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["triton", "cublas"])
+def test_two_forwards_before_one_backward_and_retain_graph(engine, way):
+    """Chosen and rejected in separate calls, each held until the loss of both is known."""
+    from dpo_fast.backends.triton_backend import TritonBackend
+
+    mode, trained = WAYS[way]
+    case = make_case(18, 16, 37, requires_grad=("hidden", "weight") if trained else ("hidden",))
+    leaves = list(case.leaves().values())
+    backend = TritonBackend(engine)
+
+    def logps(rows):
+        head = LinearHead(case.weight, None, None, 1.0, None)
+        return score(backend, case.hidden[rows], head, case.target[rows], (), mode, None).logps
+
+    def grads(loss, keep=True):
+        return torch.autograd.grad(loss, leaves, retain_graph=keep)
+
+    chosen, rejected = logps(slice(0, 9)), logps(slice(9, 18))
+    pair = lambda c, r: -torch.nn.functional.logsigmoid(0.1 * (c.sum() - r.sum()))
+    both = grads(pair(chosen, rejected))
+    again = grads(pair(chosen, rejected))
+    alone = grads(chosen.sum()), grads(rejected.sum())
+    apart = grads(chosen.sum() + 3 * rejected.sum(), keep=False)
+    z = naive_linear_logprobs(case.hidden, case.weight, case.target)
+    expected = grads(pair(z[:9], z[9:]), keep=False)
+    for a, b, c in zip(both, again, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-7)
+    for a, b, c in zip(apart, *alone, strict=True):
+        torch.testing.assert_close(a, b + 3 * c, rtol=1e-5, atol=1e-6)
 
 
 def test_stored_backward_reads_no_weight():

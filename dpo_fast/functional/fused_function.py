@@ -164,13 +164,17 @@ def run_groups(
     size = buffer_bytes(most, backend.row_bytes(head))
     totals = HeadGrads()
     parts: list[_Scored] = []
-    dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden)) if needs.hidden else None
+    dhidden = None
+    if needs.hidden and len(groups) != 1:
+        dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden))
     with scratch.borrow(size, hidden.device) as memory:
         for group in groups:
             room = memory if 0 < limit and group.rows <= limit else None
             part = _score_group(job, group, hidden, head, needs, room, totals)
             totals = part.grads._replace(hidden=None)
-            if dhidden is not None and part.grads.hidden is not None:
+            if len(groups) == 1:
+                dhidden = part.grads.hidden
+            elif dhidden is not None and part.grads.hidden is not None:
                 group.put(dhidden, part.grads.hidden)
             parts.append(part._replace(grads=HeadGrads()))
     grads = whole_grads(totals._replace(hidden=dhidden), head.shard)

@@ -109,11 +109,12 @@ def backward(
 ) -> Gradients:
     """All gradients for ``dlogps``.
 
-    Those of the head are added to ``into`` where it holds a tensor, and are float32 where it does
-    not; without ``into`` dW is rounded once to the weight's dtype.
+    Those of the head are added to ``into`` where it holds a tensor; then all are float32. Without
+    ``into`` dX and dW are rounded once to their input's dtype.
     """
     operands, state = problem.operands, held.scored.state
     x = operands.x
+    dtype = operands.w.dtype if into is None else torch.float32
     recompute = wanted.head and held.e is None
     unit = half_unit(x, dlogps, state.s, operands.scale) if wanted.weight else None
     dhidden, xs, v = row_scale(
@@ -123,6 +124,7 @@ def backward(
         g=held.g if wanted.hidden and not recompute else None,
         x=x if wanted.weight else None,
         dtype=x.dtype,
+        dx_dtype=dtype,
         unit=unit,
     )
     low = low_unit = None
@@ -131,7 +133,6 @@ def backward(
         low_unit = half_unit(problem.low.to(x.dtype), dlogps, state.s, operands.scale)
         low = problem.low * (v if low_unit is None else v * low_unit).unsqueeze(1)
         low = low.to(operands.w.dtype)
-    dtype = operands.w.dtype if into is None else torch.float32
     scaled = Scaled(xs, low, v, unit, low_unit, dtype)
     into = Gradients() if into is None else into
     found, eb = Gradients(hidden=dhidden), held.eb

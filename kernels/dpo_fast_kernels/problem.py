@@ -24,7 +24,7 @@ class Scaled(NamedTuple):
     v: Tensor  # [N] float32
     unit: Tensor | None  # [1] power of two that xs carries (float16 only)
     low_unit: Tensor | None  # [1] the same for low
-    dtype: torch.dtype  # of dW
+    dtype: torch.dtype  # of dX and dW
 
 
 class Wanted(NamedTuple):

@@ -78,7 +78,7 @@ def recomputed(
     give_back(problem, scored._replace(state=state), g, eb)
     if g is not None:
         v = scaled.v.unsqueeze(1)
-        out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(x.dtype))
+        out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(scaled.dtype))
     return out, eb
 
 

@@ -199,6 +199,17 @@ def test_low_rank_tail_is_exact_in_sixteen_bits():
     torch.testing.assert_close(found, bias.double().expand(40, 50), rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_to_be_scaled_or_summed_further_are_float32(mode):
+    """The fused loss multiplies them once more, ranks add them: both before the one rounding."""
+    case = small_case("lora", torch.float16)
+    wide = run(case, "cublas", wide=True, **MODES[mode])
+    assert {g.dtype for g in wide.grads.values()} == {torch.float32}
+    narrow = run(case, "cublas", **MODES[mode])
+    assert narrow.grads["hidden"].dtype == torch.float16
+    assert torch.equal(narrow.grads["hidden"], wide.grads["hidden"].half())
+
+
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])
 @pytest.mark.parametrize("store", [True, False], ids=["stored", "recomputed"])
 def test_float16_head_gradients_neither_underflow_nor_overflow(store, size):

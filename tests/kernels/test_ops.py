@@ -41,6 +41,13 @@ def test_opcheck(engine, wanted, store):
     torch.library.opcheck(linear_logprob_bwd, (*back, *saved), test_utils=checks)
 
 
+def test_opcheck_of_the_segment_sum():
+    from dpo_fast_kernels.segment import segment_sum
+
+    values = torch.randn(9, requires_grad=True)
+    torch.library.opcheck(segment_sum, (values, torch.tensor([0, 0, 4, 9])))
+
+
 @pytest.mark.parametrize("mode", ["store", "min-memory"])
 def test_traced_whole(mode):
     backend = choose("triton", "cpu", torch.float32)

@@ -88,6 +88,14 @@ def plan_launch(operands: Operands, stats: bool, widest: int | None = None) -> L
     return Launch(tile, uses_tma(operands), num_programs(operands.x))
 
 
+def new_columns(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """``count`` unwritten float32 vectors ``[rows]``, each on a 16-byte border whatever ``rows``:
+    for another alignment Triton would compile every kernel anew.
+    """
+    whole = torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=device)
+    return whole[:, :rows].unbind(0)
+
+
 def aligned(matrix: Tensor) -> bool:
     """Whether TMA can load the matrix: unit stride within rows, rows on 16-byte borders."""
     size = matrix.element_size()

@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.head_plot import draw
 from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, Inputs, Step, make_inputs
+from benchmarks.machine import RESULTS, machine_line
 from benchmarks.resume import load_parts, save_parts
 
 SETTINGS = {
@@ -163,6 +165,8 @@ def main() -> None:
         show(part, parts[part])
         save_parts(NAME, parts)
         torch.cuda.empty_cache()
+    if parts:
+        draw(parts, machine_line("cuda"), RESULTS / f"{NAME}.png")
     failed = [
         f"{part}: {name}: {row['left_out']}"
         for part, found in parts.items()

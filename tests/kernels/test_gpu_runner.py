@@ -89,3 +89,12 @@ def test_fingerprint_sees_code_and_table_but_no_results(tmp_path):
     assert resume.sources(tmp_path) == first
     (tmp_path / "kernels/table.json").write_text("2")
     assert resume.sources(tmp_path) != first
+
+
+def test_picture_of_the_head_s_benchmark(tmp_path):
+    from benchmarks.head_plot import draw
+
+    row = {"ms": 10.0, "peak_gib": 1.0, "over_gemms": 1.1}
+    part = {"providers": {"gemms": row, "ours": row, "trl": {"left_out": "ImportError: none"}}}
+    draw({f"m N={n} full/online": part for n in range(5)}, {"gpu": "a GPU"}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

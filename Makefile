@@ -8,6 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
+ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 
 .PHONY: demo test check test-gpu bench bench-gpu clean
 
@@ -22,17 +23,17 @@ check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment with torch
-	$(PYTHON) -m pytest -m gpu -x -q tests
+test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment with torch; PARTS="head bits"
+	$(ONGPU) -m tests.gpu $(PARTS)
 
 bench: $(VENV)/.test  ## CPU benchmarks, against the naive loop and TRL
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.ema
 	$(BIN)/python -m benchmarks.layout
 
-bench-gpu:  ## LM head and EMA on a CUDA device, against the peers
-	$(PYTHON) -m benchmarks.ema --device cuda
-	$(PYTHON) -m benchmarks.head_gpu
+bench-gpu:  ## LM head and EMA on a CUDA device, against the peers; resumes where it stopped
+	$(ONGPU) -m benchmarks.head_gpu --seconds 400
+	$(ONGPU) -m benchmarks.ema --device cuda
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -3,8 +3,9 @@
     python -m benchmarks.head_gpu [--models llama-3-8b ..] [--rows 2048 8192 32768] [--seconds 480]
 
 One part is a model, a number of rows and a setting (full or frozen head, online or precomputed
-reference). Parts that benchmarks/results/head_gpu.json already holds for this commit are skipped,
-and no new one is started after --seconds, so that the whole can be run in several calls.
+reference; "forward": scoring alone, with the store of E and without, policy and reference in one
+launch and in two). Parts that benchmarks/results/head_gpu.json already holds for these sources are
+skipped, and no new one is started after --seconds, so that the whole can be run in several calls.
 
 Within a part the providers take turns, round after round; times are medians over the rounds,
 ratios medians of the ratios within a round. Before it is timed, the first of ours is checked
@@ -16,25 +17,28 @@ TFLOP/s count 2 N V H for each GEMM of "gemms", whatever a provider does.
 """
 
 import argparse
-import json
 import statistics
 import time
 from itertools import product
 from typing import Any
 
 import torch
-from triton.errors import TritonError
 
-from benchmarks.head_providers import MODELS, PROVIDERS, Inputs, Step, make_inputs
-from benchmarks.machine import RESULTS, machine_line, write_result
+from benchmarks.head_plot import draw
+from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, Inputs, Step, make_inputs
+from benchmarks.machine import RESULTS, machine_line
+from benchmarks.resume import load_parts, save_parts
 
 SETTINGS = {
     "full/online": {"frozen": False, "online": True},
     "full/precomputed": {"frozen": False, "online": False},
     "frozen/online": {"frozen": True, "online": True},
     "frozen/precomputed": {"frozen": True, "online": False},
+    "forward": {"frozen": False, "online": False},
 }
 NAME = "head_gpu"
+OURS = ("gemm", "ours")  # names of providers that must run
+ENOUGH_MS = 5000.0  # of one provider in one part, from the third round on
 
 
 def check(x: Inputs) -> float:
@@ -59,7 +63,9 @@ def check(x: Inputs) -> float:
     return error
 
 
-def prepare(x: Inputs, names: list[str]) -> tuple[dict[str, Step], dict[str, Any]]:
+def prepare(
+    x: Inputs, known: dict[str, Any], names: list[str]
+) -> tuple[dict[str, Step], dict[str, Any]]:
     """Steps that run, warmed up, and for each provider its peak memory or why it is left out."""
     steps: dict[str, Step] = {}
     notes: dict[str, Any] = {}
@@ -68,12 +74,13 @@ def prepare(x: Inputs, names: list[str]) -> tuple[dict[str, Step], dict[str, Any
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         try:
-            step = PROVIDERS[name](x)
+            step = known[name](x)
             for _ in range(2):
                 step()
             torch.cuda.synchronize()
-        except (ImportError, ValueError, TypeError, RuntimeError, TritonError) as error:
-            notes[name] = {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        except Exception as error:  # whatever a provider raises leaves it out, by name
+            said = (str(error).splitlines() or [""])[0][:300]
+            notes[name] = {"left_out": f"{type(error).__name__}: {said}"}
             continue
         steps[name] = step
         notes[name] = {"peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
@@ -83,8 +90,10 @@ def prepare(x: Inputs, names: list[str]) -> tuple[dict[str, Step], dict[str, Any
 def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every provider in every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for index in range(rounds):
         for name, step in steps.items():
+            if index >= 3 and sum(times[name]) > ENOUGH_MS:
+                continue
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             step()
@@ -99,9 +108,10 @@ def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int)
     pairs = max(1, rows // 512)
     x = make_inputs(shape, rows, pairs, **SETTINGS[setting])
     error = check(x)
-    steps, notes = prepare(x, names)
+    known = FORWARD if setting == "forward" else PROVIDERS
+    steps, notes = prepare(x, known, [n for n in known if n in names or known is FORWARD])
     times = measure(steps, rounds)
-    count = 2 + (not x.frozen) + x.online
+    count = 1 if setting == "forward" else 2 + (not x.frozen) + x.online
     flop = 2.0 * rows * shape.vocab * shape.hidden * count
     for name, values in times.items():
         middle = statistics.median(values)
@@ -110,12 +120,10 @@ def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int)
             "spread_ms": [min(values), max(values)],
             "tflops": flop / middle / 1e9,
         }
-        if "gemms" in times:
-            ratios = [a / b for a, b in zip(values, times["gemms"], strict=True)]
-            notes[name]["over_gemms"] = statistics.median(ratios)
-        if "ours" in times:
-            ratios = [a / b for a, b in zip(times["ours"], values, strict=True)]
-            notes[name]["ours_over_it"] = statistics.median(ratios)
+        for other, key in (("gemms", "over_gemms"), ("ours", "over_ours")):
+            if other in times:  # rounds that both took part in
+                pairs_of = zip(values, times[other], strict=False)
+                notes[name][key] = statistics.median(a / b for a, b in pairs_of)
     length = x.labels.shape[1]
     batch = {"pairs": pairs, "padded_length": length, "padded_rows": 2 * pairs * length}
     return {"batch": batch, "gemm_count": count, "error_nats": error, "providers": notes}
@@ -123,39 +131,30 @@ def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int)
 
 def show(part: str, found: dict[str, Any]) -> None:
     print(f"\n{part}  {found['batch']}  error {found['error_nats']:.1e} nats")
-    print(f"  {'':16s} {'ms':>8s} {'TFLOP/s':>8s} {'/gemms':>7s} {'ours/it':>8s} {'peak GiB':>9s}")
+    print(f"  {'':20s} {'ms':>8s} {'TFLOP/s':>8s} {'/gemms':>7s} {'ours/it':>8s} {'peak GiB':>9s}")
     for name, row in found["providers"].items():
         if "left_out" in row:
-            print(f"  {name:16s} {row['left_out']}")
+            print(f"  {name:20s} {row['left_out']}")
             continue
+        ours = 1 / row["over_ours"] if "over_ours" in row else 0.0
         print(
-            f"  {name:16s} {row['ms']:8.2f} {row['tflops']:8.0f} {row.get('over_gemms', 0):7.3f} "
-            f"{row.get('ours_over_it', 0):8.3f} {row['peak_gib']:9.2f}"
-        )
-
-
-def known_parts() -> dict[str, Any]:
-    """Parts measured at this commit."""
-    path = RESULTS / f"{NAME}.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    same = found["machine"].get("commit") == machine_line("cuda")["commit"]
-    return found["parts"] if same else {}
+            f"  {name:20s} {row['ms']:8.2f} {row['tflops']:8.0f} {row.get('over_gemms', 0):7.3f} "
+            f"{ours:8.3f} {row['peak_gib']:9.2f}", flush=True,
+        )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--rows", nargs="+", type=int, default=[2048, 8192, 32768])
+    parser.add_argument("--rows", nargs="+", type=int, default=[8192, 2048, 32768])
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=list(PROVIDERS))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=480.0)
     options = parser.parse_args()
     began = time.monotonic()
-    parts = known_parts()
-    for rows, setting, model in product(options.rows, options.settings, options.models):
+    parts = load_parts(NAME)
+    for rows, model, setting in product(options.rows, options.models, options.settings):
         part = f"{model} N={rows} {setting}"
         if part in parts:
             continue
@@ -164,8 +163,18 @@ def main() -> None:
             break
         parts[part] = run_part(model, rows, setting, options.providers, options.rounds)
         show(part, parts[part])
-        write_result(NAME, {"parts": parts}, "cuda")
+        save_parts(NAME, parts)
         torch.cuda.empty_cache()
+    if parts:
+        draw(parts, machine_line("cuda"), RESULTS / f"{NAME}.png")
+    failed = [
+        f"{part}: {name}: {row['left_out']}"
+        for part, found in parts.items()
+        for name, row in found["providers"].items()
+        if "left_out" in row and name.startswith(OURS)
+    ]
+    if failed:
+        raise SystemExit("of our own, these did not run:\n  " + "\n  ".join(failed))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
-MODELS = {
+MODELS = {  # in the order of what the goals name
     "llama-3-8b": Shape(4096, 128256),
-    "qwen2.5-7b": Shape(3584, 152064),
     "qwen3-0.6b": Shape(1024, 151936),
+    "qwen2.5-7b": Shape(3584, 152064),
     "gemma-2-9b": Shape(3584, 256000, 30.0),
 }
 
@@ -259,4 +259,50 @@ PROVIDERS: dict[str, Callable[[Inputs], Step]] = {
     "cce": cut_cross_entropy,
     "compiled": compiled,
     "naive": naive,
+}
+
+
+def gemm(x: Inputs) -> Step:
+    """One GEMM of the logits' size, bfloat16 out."""
+    out = torch.empty(x.hidden.shape[0], x.shape.vocab, dtype=torch.bfloat16, device="cuda")
+    w, h = x.weight.detach(), x.hidden.detach()
+    return lambda: [torch.mm(h, w.T, out=out)]
+
+
+def scoring(x: Inputs, hidden: Tensor, target: Tensor, *, store: bool, engine: str | None) -> Step:
+    """Log-probs, with E kept for the head's gradient or without."""
+    from dpo_fast_kernels.ops import run_forward
+
+    wanted = [False, store, False, False, False]
+    weight, cap = x.weight.detach(), x.shape.softcap
+    return lambda: list(
+        run_forward(
+            hidden, weight, target, None, None, None, 0.0, cap, 1.0, -100, wanted, False, store,
+            engine,
+        )
+    )  # fmt: skip
+
+
+def forward_of(x: Inputs, *, store: bool = False, engine: str | None = None) -> Step:
+    return scoring(x, x.hidden.detach(), x.target, store=store, engine=engine)
+
+
+def policy_and_reference(x: Inputs, *, stacked: bool) -> Step:
+    """Both models' rows over one weight: one launch or two."""
+    hidden, target = x.hidden.detach(), x.target
+    if stacked:
+        both = torch.cat((hidden, x.ref_hidden))
+        return scoring(x, both, torch.cat((target, target)), store=False, engine=None)
+    calls = [scoring(x, rows, target, store=False, engine=None) for rows in (hidden, x.ref_hidden)]
+    return lambda: [out for call in calls for out in call()]
+
+
+FORWARD: dict[str, Callable[[Inputs], Step]] = {
+    "gemms": gemm,
+    "ours": lambda x: forward_of(x, store=True),
+    "ours-no-store": forward_of,
+    "ours-triton": lambda x: forward_of(x, store=True, engine="triton"),
+    "ours-cublas": lambda x: forward_of(x, store=True, engine="cublas"),
+    "ours-two-launches": lambda x: policy_and_reference(x, stacked=False),
+    "ours-one-launch": lambda x: policy_and_reference(x, stacked=True),
 }

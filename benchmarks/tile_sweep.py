@@ -1,30 +1,40 @@
-"""Times the tiles of the exp-GEMM on a GPU and prints the row of the shipped table for each.
+"""Times tiles and engines of the LM head on a GPU and writes that architecture's rows of the table.
 
-    python -m benchmarks.tile_sweep [--models llama-3-8b ..] [--rows 8192] [--variant plain]
+    python -m benchmarks.tile_sweep [--models llama-3-8b ..] [--variants plain ..] [--seconds 480]
+    python -m benchmarks.tile_sweep --write      # from what has been measured
 
-For every tile that compiles within shared memory: milliseconds with and without the store of E, and
-the fraction of cuBLAS on the same GEMM, interleaved. The best goes into
-kernels/dpo_fast_kernels/tiles.py by hand; `python -m dpo_fast_kernels.aot` then checks it for
-spills.
+One part is a model and a variant. Candidates are compiled first, on all cores: those that spill or
+do not fit into shared memory are left out by name. Then each is timed with and without the store of
+E, in turn with cuBLAS on the same GEMM. With the best one, a whole scoring pass of both engines.
+Parts that benchmarks/results/tile_sweep.json holds for these sources are skipped.
+
+``--write`` puts the winners into kernels/dpo_fast_kernels/table.json, one row for each class of
+(H, V); ``python -m dpo_fast_kernels.aot`` then checks what is shipped.
 """
 
 import argparse
+import json
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from benchmarks.head_providers import MODELS
-from benchmarks.machine import write_result
+from benchmarks.head_providers import MODELS, Shape
+from benchmarks.machine import machine_line
+from benchmarks.resume import load_parts, save_parts
+
+NAME = "tile_sweep"
+SOFTCAP = 30.0
 
 # block_n, block_v, block_h, warps, stages
 CANDIDATES = {
     "plain": [
         (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 128, 64, 4, 2), (128, 128, 64, 4, 3), (128, 128, 128, 8, 2), (128, 256, 32, 8, 4),
+        (128, 128, 64, 4, 2), (128, 128, 64, 4, 3), (128, 128, 128, 8, 2), (64, 256, 64, 4, 3),
     ],
     "softcap": [
         (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3),
@@ -33,6 +43,38 @@ CANDIDATES = {
         (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (256, 128, 64, 8, 3),
     ],
 }  # fmt: skip
+GROUPS = (4, 8, 16)
+
+# Classes of the table: sizes from which a row holds. A model's measurement counts for its class.
+HIDDEN_CLASSES = (0, 2048)
+VOCAB_CLASSES = (0, 200_000)
+
+
+def tiles_of(variant: str) -> list[Any]:
+    from dpo_fast_kernels.tiles import Tile
+
+    return [
+        Tile(n, v, h, 64, group, warps, stages, per_sm=2 if warps == 4 else 1)
+        for (n, v, h, warps, stages), group in product(CANDIDATES[variant], GROUPS)
+    ]
+
+
+def that_compile(variant: str, jobs: int) -> list[Any]:
+    """Candidates within the limits of shared memory and spills; the others are named."""
+    from dpo_fast_kernels.aot import compile_all, exp_gemm_case
+
+    on = {"HAS_TAIL": False, "HAS_SOFTCAP": variant == "softcap", "STATS": variant == "stats"}
+    tiles = [tile for tile in tiles_of(variant) if tile.group_n == GROUPS[0]]
+    text = {"plain": "-", "softcap": "C", "stats": "S"}[variant]
+    cases = [exp_gemm_case("sm_90", tile, text, on, True) for tile in tiles]
+    kept = set()
+    for tile, report in zip(tiles, compile_all(cases, jobs), strict=True):
+        faults = report.faults()
+        if faults:
+            print(f"left out: {report.case.label}: {'; '.join(faults)}", flush=True)
+        else:
+            kept.add(tile._replace(group_n=0))
+    return [tile for tile in tiles_of(variant) if tile._replace(group_n=0) in kept]
 
 
 def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -50,63 +92,158 @@ def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
-def sweep(model: str, rows: int, variant: str, rounds: int) -> list[dict[str, object]]:
-    from dpo_fast_kernels.exp_gemm import exp_gemm
-    from dpo_fast_kernels.operands import Launch, Operands, num_programs
-    from dpo_fast_kernels.problem import new_e
-    from dpo_fast_kernels.target_logit import target_logits
-    from dpo_fast_kernels.tiles import Tile
+class Problem:
+    """The tensors of a part."""
 
-    shape = MODELS[model]
-    x = torch.randn(rows, shape.hidden, device="cuda").bfloat16()
-    w = (torch.randn(shape.vocab, shape.hidden, device="cuda") * 0.03).bfloat16()
-    target = torch.randint(shape.vocab, (rows,), device="cuda")
-    operands = Operands(x, w, None, None, 30.0 if variant == "softcap" else None, 1.0)
-    e = new_e(rows, shape.vocab, torch.bfloat16, x, None)
-    out: Tensor = torch.empty(rows, shape.vocab, dtype=torch.bfloat16, device="cuda")
+    def __init__(self, shape: Shape, rows: int, variant: str) -> None:
+        from dpo_fast_kernels.operands import Operands
+        from dpo_fast_kernels.problem import new_e
+
+        self.shape, self.stats = shape, variant == "stats"
+        self.x = torch.randn(rows, shape.hidden, device="cuda").bfloat16()
+        self.w = torch.empty(shape.vocab, shape.hidden, dtype=torch.bfloat16, device="cuda")
+        self.w.normal_(std=2.0 / shape.hidden**0.5)
+        self.target = torch.randint(shape.vocab, (rows,), device="cuda")
+        cap = SOFTCAP if variant == "softcap" else None
+        self.operands = Operands(self.x, self.w, None, None, cap, 1.0)
+        self.e = new_e(rows, shape.vocab, torch.bfloat16, self.x, None)
+
+    def product(self) -> Tensor:
+        return torch.mm(self.x, self.w.T, out=self.e)
+
+    def tile_calls(self, tile: Any) -> list[Callable[[], object]]:
+        """cuBLAS, ours with the store of E, ours without."""
+        from dpo_fast_kernels.exp_gemm import exp_gemm
+        from dpo_fast_kernels.operands import Launch, num_programs
+        from dpo_fast_kernels.target_logit import target_logits
+
+        launch = Launch(tile, True, num_programs(self.x))
+        known = target_logits(
+            self.operands, launch, self.target, ignore_index=-100, vocab_start=0,
+            vocab_total=self.shape.vocab,
+        )  # fmt: skip
+        run = lambda e: exp_gemm(self.operands, launch, known, e=e, stats=self.stats)
+        return [self.product, lambda: run(self.e), lambda: run(None)]
+
+    def engine_calls(self, tile: Any) -> list[Callable[[], object]]:
+        """cuBLAS, a whole scoring pass of the exp-GEMM, one of cuBLAS and the epilogue."""
+        from dpo_fast_kernels.engine import ExpGemm, Logits
+        from dpo_fast_kernels.operands import Launch, num_programs
+        from dpo_fast_kernels.scoring import Vocabulary
+
+        programs = num_programs(self.x)
+        engines = (
+            ExpGemm(Launch(tile, True, programs), torch.bfloat16),
+            Logits(programs, torch.bfloat16),
+        )
+        score = lambda engine: engine.score(
+            self.operands, self.target, e=self.e, stats=self.stats, vocabulary=Vocabulary()
+        )
+        return [self.product, *(lambda engine=engine: score(engine) for engine in engines)]
+
+
+def sweep(model: str, variant: str, rows: int, rounds: int, tiles: list[Any]) -> dict[str, Any]:
+    problem = Problem(MODELS[model], rows, variant)
     found = []
-    for (n, v, h, warps, stages), group in product(CANDIDATES[variant], (4, 8, 16)):
-        tile = Tile(n, v, h, 64, group, warps, stages)
-        if variant == "stats" and v != tile.unit:
-            continue
-        launch = Launch(tile, True, num_programs(x) * (2 if warps == 4 else 1))
-        options = dict(ignore_index=-100, vocab_start=0, vocab_total=shape.vocab)
-        known = target_logits(operands, launch, target, **options)
-        stats = variant == "stats"
-        calls = [
-            lambda: torch.mm(x, w.T, out=out),
-            lambda: exp_gemm(operands, launch, known, e=e, stats=stats),  # noqa: B023
-            lambda: exp_gemm(operands, launch, known, e=None, stats=stats),  # noqa: B023
-        ]
-        try:
-            blas, stored, bare = milliseconds(calls, rounds)
-        except OutOfResources as error:
-            print(f"{tile}: {error}")
-            continue
-        row = {
-            "model": model, "variant": variant, "tile": list(tile), "cublas_ms": blas,
-            "store_ms": stored, "no_store_ms": bare, "store_of_cublas": blas / stored,
-        }  # fmt: skip
+    for tile in tiles:
+        blas, stored, bare = milliseconds(problem.tile_calls(tile), rounds)
+        row = {"tile": list(tile), "cublas_ms": blas, "store_ms": stored, "no_store_ms": bare}
         found.append(row)
-        print(f"{model} {variant} {n}x{v}x{h} group {group} warps {warps} stages {stages}: "
-              f"store {stored:.2f} ms, no store {bare:.2f} ms, cuBLAS {blas:.2f} ms "
-              f"({blas / stored:.3f})")  # fmt: skip
-    best = min(found, key=lambda row: float(str(row["store_ms"])))
-    print(f"best for {model}, {variant}, H={shape.hidden}: Tile{tuple(best['tile'])}")  # type: ignore[arg-type]
-    return found
+        print(f"{model} {variant} {tile}: store {stored:.2f} ms, no store {bare:.2f} ms, cuBLAS "
+              f"{blas:.2f} ms: {blas / stored:.3f} of it", flush=True)  # fmt: skip
+    best = min(found, key=lambda row: row["store_ms"] / row["cublas_ms"])
+    blas, triton, cublas = milliseconds(problem.engine_calls(type(tiles[0])(*best["tile"])), rounds)
+    print(f"{model} {variant}: best {best['tile']}; whole pass {triton / blas:.3f} of the GEMM by "
+          f"'triton', {cublas / blas:.3f} by 'cublas'", flush=True)  # fmt: skip
+    engines = {"gemm_ms": blas, "triton_ms": triton, "cublas_ms": cublas}
+    return {"rows": rows, "tiles": found, "best": best, "engines": engines}
+
+
+def class_of(size: int, classes: tuple[int, ...]) -> int:
+    return max(least for least in classes if least <= size)
+
+
+def table_rows(parts: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("tiles" or "engines", row) for each class and variant that was measured."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for name, part in parts.items():
+        model, variant = name.split()
+        shape = MODELS[model]
+        key = class_of(shape.hidden, HIDDEN_CLASSES), class_of(shape.vocab, VOCAB_CLASSES)
+        groups.setdefault((variant, *key), []).append(part)
+    smallest = {v: min((h, n) for w, h, n in groups if w == v) for v, *_ in groups}
+    for (variant, hidden, vocab), members in sorted(groups.items()):
+        if (hidden, vocab) == smallest[variant]:
+            hidden = vocab = 0  # some row must hold for every size
+        key = {"arch": "sm_90", "dtype": "bfloat16", "variant": variant}
+        key |= {"hidden": hidden, "vocab": vocab}
+        cost: dict[tuple[int, ...], float] = {}
+        for row in (row for part in members for row in part["tiles"]):
+            tile = tuple(row["tile"])
+            cost[tile] = cost.get(tile, 0.0) + row["store_ms"] / row["cublas_ms"]
+        yield "tiles", key | {"tile": list(min(cost, key=cost.__getitem__))}
+        if variant != "stats":
+            ours, other = (sum(p["engines"][f"{name}_ms"] / p["engines"]["gemm_ms"]
+                               for p in members) for name in ("triton", "cublas"))  # fmt: skip
+            yield "engines", key | {"engine": "triton" if ours <= other else "cublas"}
+
+
+def new_table(old: dict[str, Any], parts: dict[str, Any], on: str) -> dict[str, Any]:
+    """``old`` with the rows of sm_90 that were measured in place of those that were there."""
+    found: dict[str, list[dict[str, Any]]] = {"tiles": [], "engines": []}
+    for kind, row in table_rows(parts):
+        found[kind].append(row)
+    new = {"measured": old["measured"] | {"sm_90": on}}
+    for kind in ("engines", "tiles"):
+        done = {row["variant"] for row in found[kind]}
+        kept = [r for r in old[kind] if r["arch"] != "sm_90" or r["variant"] not in done]
+        new[kind] = found[kind] + kept
+    return new
+
+
+def text_of(table: dict[str, Any]) -> str:
+    """JSON with a line for each row."""
+    parts = [f' "measured": {json.dumps(table["measured"])}']
+    for kind in ("engines", "tiles"):
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in table[kind])
+        parts.append(f' "{kind}": [\n{rows}\n ]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(parts: dict[str, Any]) -> None:
+    from dpo_fast_kernels.tiles import PATH
+
+    line = machine_line("cuda")
+    on = f"{line['gpu']}, torch {line['torch']}, triton {line['triton']}, {line['date']}"
+    PATH.write_text(text_of(new_table(json.loads(PATH.read_text()), parts, on)))
+    print(f"written: {PATH.name} for sm_90, measured on {on}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--variants", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
     parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--variant", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--seconds", type=float, default=480.0)
+    parser.add_argument("--write", action="store_true", help="write the table and stop")
     options = parser.parse_args()
-    rows = []
-    for model, variant in product(options.models, options.variant):
-        rows += sweep(model, options.rows, variant, options.rounds)
-        write_result("tile_sweep", {"rows": options.rows, "tiles": rows}, "cuda")
+    parts = load_parts(NAME)
+    if options.write:
+        write(parts)
+        return
+    began = time.monotonic()
+    for variant in options.variants:
+        missing = [m for m in options.models if f"{m} {variant}" not in parts]
+        tiles = that_compile(variant, options.jobs) if missing else []
+        for model in missing:
+            if time.monotonic() - began > options.seconds:
+                print(f"out of time before {model} {variant}: run the same command again")
+                return
+            parts[f"{model} {variant}"] = sweep(model, variant, options.rows, options.rounds, tiles)
+            save_parts(NAME, parts)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ _DEFAULTS = {
 }
 for _name, _value in _DEFAULTS.items():
     os.environ.setdefault(_name, _value)
-if not os.path.exists("/dev/nvidiactl"):
+NVIDIA = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version")
+if not any(map(os.path.exists, NVIDIA)):
     # Triton reads it when a kernel is defined: for the whole process, or tests would depend on the
     # order in which their modules are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -48,10 +49,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
+    if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError("TRITON_INTERPRET=1 is set and there is a CUDA device: unset it")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="gpu: no CUDA device on this machine (make test-gpu)")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+_dead: list[str] = []  # the test after which the CUDA context answers nothing but errors
+
+
+@pytest.fixture(autouse=True)
+def _cuda_context(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Errors of a test's kernels are that test's; what follows a dead context is skipped."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    import torch
+
+    if _dead:
+        pytest.skip(f"gpu: the CUDA context died in {_dead[0]}")
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        _dead.append(request.node.nodeid)
+        raise
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

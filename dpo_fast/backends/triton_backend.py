@@ -76,14 +76,16 @@ class TritonBackend:
         if store or not needs.head:  # then the backward reads their shapes only
             weight, bias = weight.new_empty(1).expand(weight.shape), None
         kept = (hidden, weight, bias, a, b, *flat[1:3], *flat[4:])
-        return HeadForward(result, Saved(kept, (needs, scalars)))
+        return HeadForward(result, Saved(kept, (needs, scalars, head.shard is not None)))
 
     def backward(self, saved: Saved, dlogps: Tensor, into: HeadGrads | None = None) -> HeadGrads:
-        needs, scalars = saved.meta
+        needs, scalars, sharded = saved.meta
         hidden, weight, bias, a, b, state, col, e, g, eb = saved.tensors
         assert hidden is not None and weight is not None and state is not None
         assert col is not None and e is not None and g is not None and eb is not None
         args: Any = (hidden, weight, bias, a, b, *scalars, list(needs), self.engine)
+        if into is None and sharded:
+            into = HeadGrads()  # float32: what is summed over the ranks is rounded afterwards
         if into is None:
             grads = linear_logprob_bwd(*args, state[0], state, col, e, g, eb, dlogps)
             return HeadGrads(*(t if asked else None for t, asked in zip(grads, needs, strict=True)))

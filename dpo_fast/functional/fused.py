@@ -204,11 +204,16 @@ def _checked_reference(
 def _run(job: FusedJob, hidden: Tensor, head: LinearHead) -> FusedDPOOutput:
     """Drops ignored rows, runs the op, and puts the statistics back where their tokens were."""
     lora = head.lora
-    scored, keep = job.rows.drop_ignored()
+    scored, keep = job.rows.drop_ignored(head.vocab)
+    wanted = None  # of the rows of hidden states
     if keep is not None:
-        hidden = hidden[keep]
+        wanted = lambda states: states[keep]
+    elif scored.masked is not None:
+        wanted = scored.masked.rows
+    if wanted is not None:
+        hidden = wanted(hidden)
         if job.reference is not None:
-            job = job._replace(reference=(job.reference[0][keep], job.reference[1]))
+            job = job._replace(reference=(wanted(job.reference[0]), job.reference[1]))
     found = FusedLinearDPO.apply(
         hidden,
         head.weight,

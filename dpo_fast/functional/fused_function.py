@@ -25,9 +25,11 @@ from dpo_fast.backends import (
     buffer_bytes,
 )
 from dpo_fast.backends.scratch import scratch
+from dpo_fast.functional import host
 from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
 from dpo_fast.functional.linear import may_store, whole_grads
+from dpo_fast.functional.masked import MaskedTargets, mask_targets
 from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
 from dpo_fast.functional.pair_stats import PairGroup, group_stats, needed_outputs
 from dpo_fast.functional.segments import compacted_borders, segment_sum, sum_over_ranks
@@ -42,16 +44,17 @@ class Rows(NamedTuple):
     seq_lens: Any  # host lengths, or None
     token_weight: Tensor | None  # [N]
     ignore_index: int
-    scored: Tensor | None = None  # [N] bool: rows that count; None: all
+    masked: MaskedTargets | None = None  # None: every row counts
 
-    def drop_ignored(self) -> tuple["Rows", Tensor | None]:
+    def drop_ignored(self, vocab: int) -> tuple["Rows", Tensor | None]:
         """Without ignored rows, and the index [N'] of the kept ones (None if nothing is dropped).
 
         On a device whose values the host does not know, they stay and are masked instead.
         """
+        if not host.on_host(self.target):
+            masked = mask_targets(self.target, vocab, self.ignore_index)
+            return self._replace(target=masked.index, masked=masked), None
         valid = self.target != self.ignore_index
-        if self.target.device.type != "cpu":
-            return self._replace(target=self.target.clamp_min(0), scored=valid), None
         if bool(valid.all()):
             return self, None
         keep = valid.nonzero().squeeze(1)
@@ -125,13 +128,24 @@ class FusedLinearDPO(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 8
-        # The last backward may scale in place: a copy would be as large as the whole head.
-        scale = torch.mul if _graph_is_kept() else Tensor.mul_
+        kept = _graph_is_kept()
         scaled = [
-            None if g is None else scale(g, dloss).to(d)
+            None if g is None else _scaled(g, dloss, d, kept)
             for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, kept: bool) -> Tensor:
+    """``grad * factor`` in ``dtype``, rounded once.
+
+    A gradient of the head is as large as the head: it is copied only where it is rounded anyway, or
+    kept for a further backward.
+    """
+    if dtype != grad.dtype and not host.on_host(grad):
+        # One pass on a device: 6 bytes an element instead of 14.
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    return (torch.mul if kept else Tensor.mul_)(grad, factor).to(dtype)
 
 
 def _graph_is_kept() -> bool:
@@ -145,17 +159,22 @@ def run_groups(
 ) -> tuple[tuple[Tensor | None, ...], HeadGrads]:
     """All groups in order: the op's outputs and the unscaled gradients."""
     rows, backend = hidden.shape[0], job.backend
-    groups, store = _plan(job, rows, head, needs)
-    most = max((g.rows for g in groups), default=0) if store else 0
+    groups, limit = _plan(job, rows, head, needs)
+    most = max((g.rows for g in groups if g.rows <= limit), default=0)
     size = buffer_bytes(most, backend.row_bytes(head))
     totals = HeadGrads()
     parts: list[_Scored] = []
-    dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden)) if needs.hidden else None
+    dhidden = None
+    if needs.hidden and len(groups) != 1:
+        dhidden = hidden.new_empty(hidden.shape, dtype=_wide(hidden))
     with scratch.borrow(size, hidden.device) as memory:
         for group in groups:
-            part = _score_group(job, group, hidden, head, needs, memory if store else None, totals)
+            room = memory if 0 < limit and group.rows <= limit else None
+            part = _score_group(job, group, hidden, head, needs, room, totals)
             totals = part.grads._replace(hidden=None)
-            if dhidden is not None and part.grads.hidden is not None:
+            if len(groups) == 1:
+                dhidden = part.grads.hidden
+            elif dhidden is not None and part.grads.hidden is not None:
                 group.put(dhidden, part.grads.hidden)
             parts.append(part._replace(grads=HeadGrads()))
     grads = whole_grads(totals._replace(hidden=dhidden), head.shard)
@@ -166,24 +185,28 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[list[Group], bool]:
-    """The groups, and whether their probabilities are stored."""
-    borders = job.rows.cu_seqlens
-    everything = one_group(borders.numel() // 2, rows)
+def _plan(job: FusedJob, rows: int, head: LinearHead, needs: Needs) -> tuple[list[Group], int]:
+    """The groups, and up to how many rows the probabilities of a group are stored."""
+    borders, everything = job.rows.cu_seqlens, max(1, rows)
+    whole = one_group(borders.numel() // 2, rows)
     if not needs.head:
-        return everything, False
+        return whole, 0
     if job.sequence_group is not None:  # groups would be cut by lengths that ranks do not share
-        return everything, may_store(job.backend, head, rows, job.mode, job.workspace)
+        fits = may_store(job.backend, head, rows, job.mode, job.workspace)
+        return whole, everything if fits else 0
     if may_store(job.backend, head, rows, None, job.workspace):
-        return everything, job.mode != "min-memory"
+        return whole, 0 if job.mode == "min-memory" else everything
     if job.mode == "min-memory" or not getattr(job.loss, "separable", False):
-        return everything, job.mode == "store"
+        return whole, everything if job.mode == "store" else 0
     limit, alike = job.workspace, head.for_plans()
     if limit is None:
         limit = job.backend.default_workspace(alike)
     lens = job.rows.seq_lens
-    host = borders.tolist() if lens is None else [0, *accumulate(lens)]
-    return plan_groups(host, limit // job.backend.row_bytes(alike)), True
+    known = borders.tolist() if lens is None else [0, *accumulate(lens)]
+    max_rows = limit // job.backend.row_bytes(alike)
+    if job.mode == "store":
+        return plan_groups(known, max_rows, join_long=False), everything
+    return plan_groups(known, max_rows), max_rows
 
 
 def _score_group(
@@ -199,7 +222,7 @@ def _score_group(
     target = group.take(rows.target)
     borders = group.borders(rows.cu_seqlens)
     weight = None if rows.token_weight is None else group.take(rows.token_weight)
-    scored = None if rows.scored is None else group.take(rows.scored)
+    masked = None if rows.masked is None else MaskedTargets(*map(group.take, rows.masked))
     pairs = job.rows.cu_seqlens.numel() // 2
     ref_logps = None
     if job.reference is not None:
@@ -213,7 +236,7 @@ def _score_group(
             store=False,
             buffer=memory,
         )
-        ref_logps = _sums(found.result.logps, scored, weight, borders, job.sequence_group)
+        ref_logps = _sums(found.result.logps, masked, weight, borders, job.sequence_group)
     elif job.ref_logps is not None:
         ref_logps = torch.cat(
             (
@@ -235,11 +258,11 @@ def _score_group(
     leaf = tokens.logps.detach()
     with torch.set_grad_enabled(any(needs)):
         leaf.requires_grad_(any(needs))
-        logps = _sums(leaf, scored, weight, borders, job.sequence_group)
+        logps = _sums(leaf, masked, weight, borders, job.sequence_group)
         pairs_of = slice(group.start, group.stop)
         view = PairGroup(pairs_of, leaf, borders, tokens, job.sequence_group)
-        if scored is not None:
-            view = view._replace(logps=torch.where(scored, leaf, 0.0))
+        if masked is not None:
+            view = view._replace(logps=masked.values(leaf))
         kwargs = group_stats(job.loss, job.stats, view)
         answer = call_loss(job.loss, logps, ref_logps, kwargs)
         pair_weight = job.pair_weight
@@ -255,13 +278,13 @@ def _score_group(
 
 def _sums(
     logps: Tensor,
-    scored: Tensor | None,
+    masked: MaskedTargets | None,
     weight: Tensor | None,
     borders: Tensor,
     sequence_group: Any,
 ) -> Tensor:
-    if scored is not None:
-        logps = torch.where(scored, logps, 0.0)
+    if masked is not None:
+        logps = masked.values(logps)
     sums = segment_sum(logps if weight is None else logps * weight, borders)
     return sum_over_ranks(sums, sequence_group)
 
@@ -289,8 +312,8 @@ def _collect(
         whole = column.new_empty(hidden.shape[0])
         for group, part in zip(groups, parts, strict=True):
             group.put(whole, getattr(part.tokens, name))
-        if job.rows.scored is not None:
-            whole = torch.where(job.rows.scored, whole, torch.zeros_like(whole))
+        if job.rows.masked is not None:
+            whole = job.rows.masked.values(whole)
         tokens.append(whole)
     return (
         objective,

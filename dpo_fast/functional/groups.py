@@ -49,21 +49,26 @@ def one_group(pairs: int, rows: int) -> list[Group]:
     return [Group(0, pairs, slice(0, rows), slice(rows, rows))]
 
 
-def plan_groups(borders: list[int], max_rows: int) -> list[Group]:
+def plan_groups(borders: list[int], max_rows: int, *, join_long: bool = True) -> list[Group]:
     """Consecutive pairs with at most ``max_rows`` rows a group, of about equal size.
 
-    A pair with more rows than that is a group by itself.
+    Pairs with more rows than that are groups apart from the others: with neighbours of their kind
+    (``join_long``), where nothing is kept of them, or alone.
     """
     pairs = len(borders) // 2
     sizes = [
         borders[p + 1] - borders[p] + borders[pairs + p + 1] - borders[pairs + p]
         for p in range(pairs)
     ]
-    even = -(-sum(sizes) // max(1, -(-sum(sizes) // max(1, max_rows))))
+    rows = sum(size for size in sizes if size <= max_rows)
+    even = -(-rows // max(1, -(-rows // max(1, max_rows))))
     groups: list[Group] = []
     start = used = 0
     for p, size in enumerate(sizes):
-        if p > start and (used + size > max_rows or used >= even):
+        long = size > max_rows
+        full = not long and (used + size > max_rows or used >= even)
+        apart = long != (sizes[p - 1] > max_rows) or (long and not join_long)
+        if p > start and (full or apart):
             groups.append(_group(borders, start, p))
             start, used = p, 0
         used += size

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_fast.functional import host
 from dpo_fast.functional.fused import fused_linear_dpo
 from dpo_fast.functional.pair_stats import PairGroup, chosen_nll_sum
 
@@ -108,7 +109,7 @@ class FusedLinearDPOLoss(nn.Module):
         hidden, ref_hidden, labels = _input.flatten(0, 1), ref_input, target.flatten()
         if ref_hidden is not None:
             ref_hidden = ref_hidden.flatten(0, 1)
-        if self.compact and target.device.type != "cpu":
+        if self.compact and not host.on_host(target):
             keep = counted.flatten().nonzero().squeeze(1)  # waits for the device, as declared
             hidden, labels = hidden[keep], labels[keep]
             ref_hidden = None if ref_hidden is None else ref_hidden[keep]

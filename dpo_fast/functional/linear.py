@@ -20,8 +20,9 @@ from dpo_fast.backends import (
     choose,
     choose_sharded,
 )
-from dpo_fast.functional import validate
+from dpo_fast.functional import host, validate
 from dpo_fast.functional.autocast import autocast_head, no_autocast
+from dpo_fast.functional.masked import mask_targets
 from dpo_fast.naive import OUTPUTS, HeadLoRA, LinearLogprobs
 
 Mode = Literal["store", "min-memory"]
@@ -82,7 +83,8 @@ def linear_logprobs(
         if they fit into ``workspace`` and the head is trained. Under ``no_grad``: scratch only.
 
     Raises:
-        ValueError: shapes, dtypes, devices, options; a target out of range (on CPU tensors).
+        ValueError: shapes, dtypes, devices, options; a target out of range (on CPU tensors; on
+            CUDA that row's log-prob is NaN, and ``DPO_FAST_CHECK=1`` raises).
 
     Source: the non-target sum keeps ``1 - p`` exact; see ``chunked/epilogue_torch.py``.
     """
@@ -110,12 +112,12 @@ def score_valid(
     workspace: int | None,
 ) -> LinearLogprobs:
     """Scores the rows that are not ignored; the others get zeros and no gradient."""
+    if not host.on_host(target):
+        masked = mask_targets(target, head.vocab, ignore_index)
+        rows = masked.rows(hidden)
+        result = score(backend, rows, head, masked.index, outputs, mode, workspace)
+        return _map(result, masked.values)
     valid = target != ignore_index
-    if target.device.type != "cpu":
-        # Which rows are ignored is not known here without waiting for the device: score all.
-        hidden = torch.where(valid.unsqueeze(1), hidden, 0.0)
-        result = score(backend, hidden, head, target.clamp_min(0), outputs, mode, workspace)
-        return _map(result, lambda t: torch.where(valid, t, torch.zeros_like(t)))
     if bool(valid.all()):
         return score(backend, hidden, head, target, outputs, mode, workspace)
     rows = valid.nonzero().squeeze(1)

@@ -3,26 +3,48 @@
 Legend: S sequences, N scored tokens.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo_fast.backends import triton_refusal
+from dpo_fast.functional import host
+
 
 def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """``values[cu_seqlens[s] : cu_seqlens[s + 1]].sum()`` of each sequence, ``[S]``.
 
-    Summed in float64 in the order of the tokens, rounded once, deterministic; differentiable. An
-    empty sequence gives 0.
+    Summed in float64 in a fixed order, rounded once, deterministic; differentiable. An empty
+    sequence gives 0. On CUDA one program of the Triton kernel takes one sequence.
     """
     if cu_seqlens.numel() < 2:
         return values.new_zeros(0)
+    device = values.device.type
+    if values.dtype == torch.float32 and not host.on_host(values) and has_kernel(device):
+        from dpo_fast_kernels.segment import segment_sum as kernel
+
+        return kernel(values, cu_seqlens)
     # `unsafe` leaves out checks that would wait for the device; the borders are checked before.
     sums = torch.segment_reduce(
         values.double(), "sum", offsets=cu_seqlens, unsafe=True, initial=0.0
     )
     return sums.to(values.dtype)
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether the Triton kernel runs on such devices here."""
+    return _has_kernel(device_type)
+
+
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends/select.py
+
+
+@cache
+def _has_kernel(device_type: str) -> bool:
+    return triton_refusal(device_type, torch.float32) is None
 
 
 def compacted_borders(cu_seqlens: Tensor, valid: Tensor) -> Tensor:

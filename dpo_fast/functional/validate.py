@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from dpo_fast.functional import host
 from dpo_fast.naive import OUTPUTS, HeadLoRA
 
 MODES = (None, "store", "min-memory")
@@ -49,7 +50,7 @@ def check_same(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
 
 
 def check_target(target: Tensor, rows: int, vocab: int, ignore_index: int, like: Tensor) -> None:
-    """int64 ``[N]`` on the right device; the range is checked where that needs no device sync."""
+    """int64 ``[N]`` on the right device; the range is checked where :mod:`host` lets it."""
     if target.shape != (rows,) or target.dtype != torch.int64:
         raise ValueError(
             f"target is {_shape(target)} of {target.dtype}; it must be [N={rows}] int64, one token "
@@ -59,7 +60,7 @@ def check_target(target: Tensor, rows: int, vocab: int, ignore_index: int, like:
         raise ValueError(
             f"target is on {target.device} and hidden on {like.device}; move it there first"
         )
-    if target.device.type != "cpu" or target.numel() == 0:
+    if target.numel() == 0 or not host.may_check(target):
         return
     bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
     if bool(bad.any()):
@@ -141,7 +142,7 @@ def check_outputs(outputs: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_borders(cu_seqlens: Tensor, rows: int, like: Tensor) -> None:
-    """int64 ``[S + 1]`` from 0 to N without a step back; values checked on CPU tensors only."""
+    """int64 ``[S + 1]`` from 0 to N without a step back; values read as in :func:`check_target`."""
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype != torch.int64:
         raise ValueError(
             f"cu_seqlens is {_shape(cu_seqlens)} of {cu_seqlens.dtype}; it must be [S + 1] int64: "
@@ -151,7 +152,7 @@ def check_borders(cu_seqlens: Tensor, rows: int, like: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens is on {cu_seqlens.device} and hidden on {like.device}; move it there first"
         )
-    if cu_seqlens.device.type == "cpu":
+    if host.may_check(cu_seqlens):
         check_host_borders(cu_seqlens.tolist(), rows)
 
 

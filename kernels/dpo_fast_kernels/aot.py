@@ -19,11 +19,12 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, TABLE, Tile, variant_of
+from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, Row, Tile, table, variant_of
 
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 99 * 1024}
 SPILLS_HEAVIEST = 128  # bytes a thread, softcap together with statistics; everything else: none
@@ -42,6 +43,7 @@ class Case(NamedTuple):
     num_stages: int
     wgmma: bool  # must use the matrix units of sm_90
     spill_limit: int
+    aligned: bool = True  # rows of x and w lie on 16-byte borders
 
 
 class Report(NamedTuple):
@@ -80,6 +82,7 @@ SCALARS = {
     "vocab_total": "i32", "ignore_index": "i32",
 }  # fmt: skip
 UNIT_STRIDES = ("stride_xh", "stride_wh", "stride_tk")
+ROWS = {"H", "stride_xn", "stride_wv"}  # odd where TMA cannot be used
 UNALIGNED = {"N", "V", "num_v", "start", "vocab_start", "vocab_total", "ignore_index"}
 
 
@@ -105,18 +108,28 @@ def variants() -> Iterator[tuple[str, dict[str, bool]]]:
         )
 
 
+def tile_rows(target: str) -> list[Row]:
+    """Rows of the shipped table for a target, those without TMA included."""
+    return [row for row in table().tiles if row.arch.removesuffix("-pointer") == target]
+
+
 def gemm_cases(target: str) -> Iterator[Case]:
-    for kind in [name for name, variant in TABLE if variant == "plain" and name.startswith(target)]:
+    """Every tile with every set of features that takes it, each once."""
+    seen = set()
+    for row in tile_rows(target):
         for text, on in variants():
-            limit = SPILLS_HEAVIEST if on["HAS_SOFTCAP"] and on["STATS"] else 0
-            for _, tile in TABLE[kind, variant_of(on["HAS_SOFTCAP"], on["STATS"])]:
-                for store in (False, True):
-                    yield exp_gemm_case(target, kind == "sm_90", tile, text, on, store, limit)
+            if row.variant != variant_of(on["HAS_SOFTCAP"], on["STATS"]):
+                continue
+            for store in (False, True):
+                case = exp_gemm_case(row.arch, row.value, text, on, store)
+                if (case.label, case.aligned) not in seen:
+                    seen.add((case.label, case.aligned))
+                    yield case
 
 
-def exp_gemm_case(
-    target: str, tma: bool, tile: Tile, text: str, on: dict[str, bool], store: bool, limit: int
-) -> Case:
+def exp_gemm_case(arch: str, tile: Tile, text: str, on: dict[str, bool], store: bool) -> Case:
+    target, tma = arch.removesuffix("-pointer"), arch == "sm_90"
+    limit = SPILLS_HEAVIEST if on["HAS_SOFTCAP"] and on["STATS"] else 0
     constants: dict[str, Any] = {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
         "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma,
@@ -137,52 +150,47 @@ def exp_gemm_case(
     )
     return Case(
         target, label, "exp_gemm", "_exp_gemm_kernel", types, constants,
-        tile.num_warps, tile.num_stages, target == "sm_90", limit,
+        tile.num_warps, tile.num_stages, target == "sm_90", limit, arch != "sm_90-pointer",
     )  # fmt: skip
 
 
 def off_range_cases(target: str) -> Iterator[Case]:
-    """One block_v for each tile of the table, the lightest and the heaviest features."""
-    tables = [rows for (name, _), rows in TABLE.items() if name.startswith(target)]
-    for width in sorted({tile.block_v for rows in tables for _, tile in rows}):
-        for text, on in variants():
-            if text not in ("-", "TC", "TCS"):
-                continue
-            for maximum, store in ((True, False), (False, True)):
-                constants: dict[str, Any] = {
-                    "BLOCK_N": OFF_RANGE_BLOCK_N, "BLOCK_V": width, "BLOCK_H": 64, "BLOCK_Q": 32,
-                    "MAXIMUM": maximum, "STORE": store, "HAS_LOST": store, **on,
-                }  # fmt: skip
-                if not on["HAS_TAIL"]:
-                    constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
-                if not store:
-                    constants |= {"e_ptr": None, "lost_ptr": None}
-                label = f"off_range 16x{width} {text} {'max' if maximum else 'sum'}"
-                yield Case(
-                    target,
-                    label,
-                    "off_range",
-                    "_off_range_kernel",
-                    {},
-                    constants,
-                    width // 32,
-                    2,
-                    False,
-                    0,
-                )
+    """The blocks of the table's tiles, the lightest and the heaviest features."""
+    blocks = {(r.value.block_v, r.value.block_h, r.value.block_q) for r in tile_rows(target)}
+    for (width, block_h, block_q), (text, on) in product(sorted(blocks), variants()):
+        if text not in ("-", "TC", "TCS"):
+            continue
+        for maximum, store in ((True, False), (False, True)):
+            constants: dict[str, Any] = {
+                "BLOCK_N": OFF_RANGE_BLOCK_N, "BLOCK_V": width, "BLOCK_H": block_h,
+                "BLOCK_Q": block_q, "MAXIMUM": maximum, "STORE": store, "HAS_LOST": store, **on,
+            }  # fmt: skip
+            constants |= without_tail(on)
+            if not store:
+                constants |= {"e_ptr": None, "lost_ptr": None}
+            label = f"off_range 16x{width}x{block_h} q{block_q} {text} {'max' * maximum}"
+            yield Case(
+                target, label, "off_range", "_off_range_kernel", {}, constants,
+                max(4, width // 32), 2, False, 0,
+            )  # fmt: skip
+
+
+def without_tail(on: dict[str, bool]) -> dict[str, None]:
+    return {} if on["HAS_TAIL"] else {"tail_x_ptr": None, "tail_w_ptr": None}
 
 
 def target_logit_cases(target: str) -> Iterator[Case]:
-    for text, on in variants():
+    blocks = {(r.value.block_h, r.value.block_q) for r in tile_rows(target)}
+    for (block_h, block_q), (text, on) in product(sorted(blocks), variants()):
         if text not in ("-", "TC"):
             continue
-        constants: dict[str, Any] = {"BLOCK_H": 64, "BLOCK_Q": 32, "BLOCK": 64, **on}
+        constants: dict[str, Any] = {"BLOCK_H": block_h, "BLOCK_Q": block_q, "BLOCK": 64, **on}
         del constants["STATS"]
-        if not on["HAS_TAIL"]:
-            constants |= {"tail_x_ptr": None, "tail_w_ptr": None}
+        constants |= without_tail(on)
+        label = f"target_logit {block_h} q{block_q} {text}"
         yield Case(
-            target, f"target_logit {text}", "target_logit", "_target_logit_kernel", {}, constants,
-            4, 3, target == "sm_90", 0,
+            target, label, "target_logit", "_target_logit_kernel", {}, constants, 4, 3,
+            target == "sm_90", 0,
         )  # fmt: skip
 
 
@@ -202,7 +210,7 @@ def row_cases(target: str) -> Iterator[Case]:
             "rows", "_finish_rows_kernel", BLOCK=128, E_DTYPE="bf16", STATS=True, STORE=True,
             HAS_LOST=True,            FROM_K=redo, INDIRECT=redo, **gone,
         )  # fmt: skip
-    yield case("rows", "_compact_kernel", BLOCK=4096)
+    yield case("rows", "_compact_kernel", warps=8, BLOCK=4096)
     yield case("row_scale", "_gather_axpy_kernel", BLOCK_N=16, BLOCK_K=128)
     yield case(
         "row_scale", "_row_scale_kernel", BLOCK_N=16, BLOCK_H=128, NEED_DX=True, NEED_XS=True,
@@ -215,7 +223,7 @@ def row_cases(target: str) -> Iterator[Case]:
         "logits", "_logits_exp_kernel", warps=8, BLOCK=4096, SUMS=True, STATS=True, STORE=True,
         HAS_LOST=True, HAS_SOFTCAP=True,
     )  # fmt: skip
-    yield case("segment", "_segment_sum_kernel", BLOCK=512, HAS_WEIGHT=True)
+    yield case("segment", "_segment_sum_kernel", BLOCK=512)
 
 
 def shipped_cases(target: str) -> list[Case]:
@@ -241,10 +249,9 @@ def compiler_source(case: Case) -> Any:
         signature[name] = "constexpr" if name in constants else given
     missing = [n for n in names if signature[n] == "constexpr" and n not in constants]
     assert not missing, f"{case.kernel}: no value for {missing}"
+    odd = UNALIGNED if case.aligned else UNALIGNED | ROWS
     aligned = [
-        n
-        for n in names
-        if signature[n].startswith("*") or (signature[n] == "i32" and n not in UNALIGNED)
+        n for n in names if signature[n].startswith("*") or (signature[n] == "i32" and n not in odd)
     ]
     return ASTSource(
         fn=kernel,

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dpo_fast_kernels.choice import decide, stored_dtype
 from dpo_fast_kernels.exp_gemm import exp_gemm, num_planes
 from dpo_fast_kernels.logits import BLOCK, logits_exp, logits_max
 from dpo_fast_kernels.operands import Launch, Operands, num_programs, plan_launch
@@ -233,28 +234,19 @@ def half_precision(
     )
 
 
-def engine_name(name: str | None, dtype: torch.dtype) -> str:
-    """ "triton" (:class:`ExpGemm`) or "cublas" (:class:`Logits`); None decides by dtype."""
-    if name is None:
-        return "triton" if dtype == torch.bfloat16 else "cublas"
-    if name not in ("triton", "cublas"):
-        raise ValueError(f"engine={name!r} is unknown; use 'triton', 'cublas' or None")
-    return name
-
-
-def stored_dtype(name: str | None, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of E for a weight's dtype: the weight's, but never float16 from the exp-GEMM."""
-    triton_half = engine_name(name, dtype) == "triton" and dtype == torch.float16
-    return torch.bfloat16 if triton_half else dtype
-
-
 def choose_engine(
-    name: str | None, operands: Operands, stats: bool, e_dtype: torch.dtype | None = None
+    name: str | None,
+    operands: Operands,
+    stats: bool,
+    e_dtype: torch.dtype | None = None,
+    widest: int | None = None,
 ) -> Engine:
-    """The engine of a call; ``e_dtype`` overrides :func:`stored_dtype` (tests round E that way)."""
-    dtype = operands.w.dtype
+    """The engine of a call; ``e_dtype`` overrides :func:`stored_dtype` (tests round E that way).
+
+    ``widest``: see :func:`decide`.
+    """
     if e_dtype is None:
-        e_dtype = stored_dtype(name, dtype)
-    if engine_name(name, dtype) == "triton":
-        return ExpGemm(plan_launch(operands, stats), e_dtype)
+        e_dtype = stored_dtype(name, operands.w.dtype)
+    if decide(name, operands, widest) == "triton":
+        return ExpGemm(plan_launch(operands, stats, widest), e_dtype)
     return Logits(num_programs(operands.x), e_dtype)

@@ -205,7 +205,7 @@ def exp_gemm(
     target: Any = e
     if e is not None and launch.tma:
         target = TensorDescriptor.from_tensor(e, [tile.block_n, tile.block_v])
-    grid = (min(launch.programs, triton.cdiv(n, tile.block_n) * tiles),)
+    grid = (min(launch.programs * tile.per_sm, triton.cdiv(n, tile.block_n) * tiles),)
     _exp_gemm_kernel[grid](
         *args, target, rows.k, rows.zy, rows.col, part, lost,
         n, vocab, x.shape[1], 0 if operands.tail_x is None else operands.tail_x.shape[1], start,

@@ -23,7 +23,8 @@ from dpo_fast_kernels.recompute import give_back, recomputed
 from dpo_fast_kernels.row_scale import column_sum, row_scale
 from dpo_fast_kernels.scoring import Scored, Vocabulary, join_blocks
 
-GROUP_BYTES = 2**28  # E of a group of rows under a frozen head
+GROUP_BYTES = 2**29  # E of a group of rows under a frozen head
+ROW_TILE = 128  # rows of a group are a multiple of it, or the last tile of each GEMM is wasted
 
 WHOLE = Vocabulary()
 
@@ -40,6 +41,7 @@ def forward(
 ) -> Held:
     """Scores the rows and does what the backward needs and c does not enter."""
     operands, engine = problem.operands, problem.engine
+    assert engine is not None
     n, vocab = operands.x.shape[0], operands.w.shape[0]
     if not (wanted.head or wanted.rows) or (wanted.head and not store):
         scored = engine.score(operands, target, e=None, stats=stats, vocabulary=vocabulary)
@@ -49,7 +51,7 @@ def forward(
         scored = engine.score(operands, target, e=e, stats=stats, vocabulary=vocabulary)
         return Held(scored, e, *_row_products(problem, scored, e, wanted))
     widest = vocab if vocabulary.largest is None else vocabulary.largest
-    size = max(1, GROUP_BYTES // (padded(widest) * engine.e_dtype.itemsize))
+    size = group_rows(n, padded(widest) * engine.e_dtype.itemsize)
     e = new_e(min(n, size), vocab, engine.e_dtype, operands.x, buffer)
     parts = []
     for start in range(0, max(n, 1), size):
@@ -61,6 +63,17 @@ def forward(
         )
         parts.append(Held(scored, None, *_row_products(part, scored, chunk, wanted)))
     return _join(parts)
+
+
+def group_rows(rows: int, row_bytes: int) -> int:
+    """Rows of a group: as equal as whole row tiles allow, and within :data:`GROUP_BYTES`."""
+    fit = max(1, GROUP_BYTES // row_bytes)
+    if rows <= fit:
+        return max(1, rows)
+    tile = ROW_TILE if fit >= ROW_TILE else 1
+    fit -= fit % tile
+    even = -(-rows // -(-rows // fit))  # of as many groups as there must be
+    return min(fit, -(-even // tile) * tile)
 
 
 def _row_products(
@@ -96,11 +109,12 @@ def backward(
 ) -> Gradients:
     """All gradients for ``dlogps``.
 
-    Those of the head are added to ``into`` where it holds a tensor, and are float32 where it does
-    not; without ``into`` dW is rounded once to the weight's dtype.
+    Those of the head are added to ``into`` where it holds a tensor; then all are float32. Without
+    ``into`` dX and dW are rounded once to their input's dtype.
     """
     operands, state = problem.operands, held.scored.state
     x = operands.x
+    dtype = operands.w.dtype if into is None else torch.float32
     recompute = wanted.head and held.e is None
     unit = half_unit(x, dlogps, state.s, operands.scale) if wanted.weight else None
     dhidden, xs, v = row_scale(
@@ -110,6 +124,7 @@ def backward(
         g=held.g if wanted.hidden and not recompute else None,
         x=x if wanted.weight else None,
         dtype=x.dtype,
+        dx_dtype=dtype,
         unit=unit,
     )
     low = low_unit = None
@@ -118,7 +133,6 @@ def backward(
         low_unit = half_unit(problem.low.to(x.dtype), dlogps, state.s, operands.scale)
         low = problem.low * (v if low_unit is None else v * low_unit).unsqueeze(1)
         low = low.to(operands.w.dtype)
-    dtype = operands.w.dtype if into is None else torch.float32
     scaled = Scaled(xs, low, v, unit, low_unit, dtype)
     into = Gradients() if into is None else into
     found, eb = Gradients(hidden=dhidden), held.eb

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_fast_kernels.products import product
-from dpo_fast_kernels.tiles import Tile, choose_tile, tile_class, variant_of
+from dpo_fast_kernels.tiles import Tile, architecture, choose_tile, variant_of
 
 PROGRAMS_INTERPRETED = 3  # enough to run every persistent loop more than once
 
@@ -54,23 +54,46 @@ def device_facts(index: int) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
+def capability_of(x: Tensor) -> tuple[int, int] | None:
+    """Compute capability of the tensor's device; None: the kernels are interpreted."""
+    return device_facts(x.device.index)[0] if x.device.type == "cuda" else None
+
+
 def num_programs(x: Tensor) -> int:
     """Programs of a persistent kernel: one a multiprocessor."""
     return device_facts(x.device.index)[1] if x.device.type == "cuda" else PROGRAMS_INTERPRETED
 
 
-def plan_launch(operands: Operands, stats: bool) -> Launch:
-    """Tile and grid. ``stats``: the tile of the statistics variant, also where none are taken."""
-    x = operands.x
-    if x.device.type == "cuda":
-        capability = device_facts(x.device.index)[0]
-        tma = capability[0] in (9, 10) and aligned(x) and aligned(operands.w)
-    else:
-        capability = None
-        tma = aligned(x) and aligned(operands.w)
+def uses_tma(operands: Operands) -> bool:
+    """Whether the tensor copy engine exists and can load the operands."""
+    capability = capability_of(operands.x)
+    engine = capability is None or capability[0] in (9, 10)
+    return engine and aligned(operands.x) and aligned(operands.w)
+
+
+def architecture_of(operands: Operands) -> str:
+    """The table's name of the device, for these operands."""
+    return architecture(capability_of(operands.x), uses_tma(operands))
+
+
+def plan_launch(operands: Operands, stats: bool, widest: int | None = None) -> Launch:
+    """Tile and grid. ``stats``: the tile of the statistics variant, also where none are taken.
+
+    ``widest``: rows of the longest shard of a split vocabulary.
+    """
+    vocab, hidden = operands.w.shape
+    vocab = vocab if widest is None else widest
     variant = variant_of(operands.softcap is not None, stats)
-    tile = choose_tile(tile_class(capability, tma), variant, x.shape[1])
-    return Launch(tile, tma, num_programs(x))
+    tile = choose_tile(architecture_of(operands), variant, hidden, vocab)
+    return Launch(tile, uses_tma(operands), num_programs(operands.x))
+
+
+def new_columns(count: int, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """``count`` unwritten float32 vectors ``[rows]``, each on a 16-byte border whatever ``rows``:
+    for another alignment Triton would compile every kernel anew.
+    """
+    whole = torch.empty(count, -(-rows // 4) * 4, dtype=torch.float32, device=device)
+    return whole[:, :rows].unbind(0)
 
 
 def aligned(matrix: Tensor) -> bool:

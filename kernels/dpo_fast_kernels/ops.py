@@ -11,12 +11,14 @@ write E into a caller's buffer and add to a caller's gradients.
 Legend: N rows, H hidden, V vocabulary, r rank of the head's adapter.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from dpo_fast_kernels.engine import stored_dtype
+from dpo_fast_kernels.choice import stored_dtype
 from dpo_fast_kernels.head import backward, forward
 from dpo_fast_kernels.problem import (
     Gradients,
@@ -30,6 +32,22 @@ from dpo_fast_kernels.problem import (
 from dpo_fast_kernels.rows import RowState
 from dpo_fast_kernels.scoring import Scored, Vocabulary
 from dpo_fast_kernels.target_logit import TargetLogits
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_device(
+    function: Callable[Concatenate[Tensor, P], R],
+) -> Callable[Concatenate[Tensor, P], R]:
+    """Runs with the first argument's device as the current one: Triton launches on that."""
+
+    @wraps(function)
+    def guarded(hidden: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(hidden):
+            return function(hidden, *args, **kwargs)
+
+    return guarded
 
 
 class Flat(NamedTuple):
@@ -62,6 +80,7 @@ def mean_logit(
     return scale * mean
 
 
+@on_its_device
 def run_forward(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -82,14 +101,17 @@ def run_forward(
 ) -> Flat:
     """Log-probs, statistics, and what :func:`run_backward` needs."""
     lora = _lora(lora_a, lora_b, lora_scale)
-    problem = make_problem(hidden, weight, bias, lora, softcap, scale, stats=stats, engine=engine)
+    where = Vocabulary(ignore_index) if vocabulary is None else vocabulary
+    problem = make_problem(
+        hidden, weight, bias, lora, softcap, scale, stats=stats, engine=engine, widest=where.largest
+    )
     held = forward(
         problem,
         target,
         wanted=Wanted(*wanted),
         stats=stats,
         store=store,
-        vocabulary=Vocabulary(ignore_index) if vocabulary is None else vocabulary,
+        vocabulary=where,
         buffer=buffer,
     )
     state, rows = held.scored.state, held.scored.rows
@@ -122,6 +144,7 @@ def run_forward(
     )
 
 
+@on_its_device
 def run_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -146,7 +169,7 @@ def run_backward(
     if want.head and saved.e.dim() != 2:
         problem = make_problem(hidden, weight, bias, lora, softcap, scale, engine=engine)
     else:
-        problem = stored_problem(hidden, weight, lora, scale, low=want.lora_b, engine=engine)
+        problem = stored_problem(hidden, weight, lora, scale, low=want.lora_b)
     s, fix, delta, zy, slope, k = saved.state.unbind(0)
     vocab = weight.shape[0]
     scored = Scored(

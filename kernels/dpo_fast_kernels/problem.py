@@ -24,7 +24,7 @@ class Scaled(NamedTuple):
     v: Tensor  # [N] float32
     unit: Tensor | None  # [1] power of two that xs carries (float16 only)
     low_unit: Tensor | None  # [1] the same for low
-    dtype: torch.dtype  # of dW
+    dtype: torch.dtype  # of dX and dW
 
 
 class Wanted(NamedTuple):
@@ -72,7 +72,7 @@ class Problem(NamedTuple):
     operands: Operands
     low: Tensor | None  # [N, r] float32: s x a^T
     lora: Lora | None
-    engine: Engine
+    engine: Engine | None  # None: nothing is computed again
 
 
 def padded(vocab: int) -> int:
@@ -101,10 +101,11 @@ def make_problem(
     stats: bool = False,
     engine: str | None = None,
     e_dtype: torch.dtype | None = None,
+    widest: int | None = None,
 ) -> Problem:
     """Operands of a call and the engine for them (``choose_engine``)."""
     operands, low = make_operands(hidden, weight, bias, lora, softcap, scale)
-    return Problem(operands, low, lora, choose_engine(engine, operands, stats, e_dtype))
+    return Problem(operands, low, lora, choose_engine(engine, operands, stats, e_dtype, widest))
 
 
 def stored_problem(
@@ -114,7 +115,6 @@ def stored_problem(
     scale: float,
     *,
     low: bool,
-    engine: str | None = None,
 ) -> Problem:
     """The problem of a backward that computes nothing again: it reads neither weight nor bias.
 
@@ -124,4 +124,4 @@ def stored_problem(
     found = None
     if low and lora is not None:
         found = product(hidden, lora[0].T) * lora[2]
-    return Problem(operands, found, lora, choose_engine(engine, operands, False))
+    return Problem(operands, found, lora, None)

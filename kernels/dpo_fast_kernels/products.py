@@ -1,7 +1,8 @@
 """Matrix products with float32 results.
 
 On CUDA 16-bit operands go to cuBLAS as they are, accumulate in float32 and leave in float32. On a
-CPU (interpreted kernels), and for float32, this is an ordinary float32 product.
+CPU (interpreted kernels), and for float32, this is an ordinary float32 product: IEEE's, unless
+torch's float32 matmul precision was lowered to TF32.
 """
 
 import torch

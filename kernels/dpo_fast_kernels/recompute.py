@@ -36,7 +36,8 @@ def recomputed(
     problem: Problem, scored: Scored, scaled: Scaled, wanted: Wanted, into: Gradients
 ) -> tuple[Gradients, Tensor | None]:
     """All gradients but dA, and ``E B`` for that one."""
-    operands, lora = problem.operands, problem.lora
+    operands, lora, engine = problem.operands, problem.lora, problem.engine
+    assert engine is not None
     x, vocab = operands.x, operands.w.shape[0]
     n = x.shape[0]
     g = torch.zeros_like(x, dtype=torch.float32) if wanted.hidden else None
@@ -45,7 +46,7 @@ def recomputed(
         eb = torch.zeros_like(problem.low)
     lost = torch.zeros_like(scored.state.delta)
     out = _outputs(problem, wanted, into, scaled.dtype)
-    buffer = new_e(min(n, SLAB_ROWS), min(vocab, SLAB_COLUMNS), problem.engine.e_dtype, x, None)
+    buffer = new_e(min(n, SLAB_ROWS), min(vocab, SLAB_COLUMNS), engine.e_dtype, x, None)
     for start in range(0, vocab, SLAB_COLUMNS):
         stop = min(vocab, start + SLAB_COLUMNS)
         sums = _slab_sums(out, into, start, stop, scaled)
@@ -53,7 +54,7 @@ def recomputed(
         for first in range(0, n, SLAB_ROWS):
             rows = slice(first, min(n, first + SLAB_ROWS))
             e = buffer[: rows.stop - first, : stop - start]
-            taken = problem.engine.again(
+            taken = engine.again(
                 slab.rows(first, rows.stop),
                 TargetLogits(*(t[rows] for t in scored.rows)),
                 start,
@@ -77,7 +78,7 @@ def recomputed(
     give_back(problem, scored._replace(state=state), g, eb)
     if g is not None:
         v = scaled.v.unsqueeze(1)
-        out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(x.dtype))
+        out = out._replace(hidden=torch.where(v == 0, 0.0, g.mul_(v)).to(scaled.dtype))
     return out, eb
 
 

@@ -157,14 +157,15 @@ def row_scale(
     *,
     g: Tensor | None = None,  # [N, H] float32: give dX
     x: Tensor | None = None,  # [N, H]: give xs
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of xs
+    dx_dtype: torch.dtype | None = None,  # None: the same
     unit: Tensor | None = None,  # [1] power of two that xs carries
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """``(dX, xs, v)`` with ``v = -dlogps * scale / s``; dX and xs in ``dtype``, v float32."""
+    """``(dX, xs, v)`` with ``v = -dlogps * scale / s``, v float32."""
     n = s.shape[0]
     like = g if g is not None else x
     h = like.shape[1] if like is not None else 1
-    dx = s.new_empty(n, h, dtype=dtype) if g is not None else None
+    dx = s.new_empty(n, h, dtype=dx_dtype or dtype) if g is not None else None
     xs = s.new_empty(n, h, dtype=dtype) if x is not None else None
     v = torch.empty_like(s)
     if n:

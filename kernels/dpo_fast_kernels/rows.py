@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels.device import IGNORED, INVALID, LOG2E, SQUARE_SCALE, log1p
+from dpo_fast_kernels.operands import new_columns
 from dpo_fast_kernels.products import TRITON_DTYPES
 from dpo_fast_kernels.target_logit import TargetLogits
 
@@ -178,9 +179,8 @@ class RowState(NamedTuple):
 
 def new_row_state(n: int, stats: bool, device: torch.device) -> RowState:
     """Unwritten results for n rows."""
-    columns = torch.empty(4, n, dtype=torch.float32, device=device).unbind(0)
     found = torch.empty(3, n, dtype=torch.float32, device=device) if stats else None
-    return RowState(columns[0], columns[1], columns[2], columns[3], found)
+    return RowState(*new_columns(4, n, device), found)
 
 
 def reduce_tiles(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_fast_kernels.device import IGNORED, INVALID, softcapped
-from dpo_fast_kernels.operands import Launch, Operands
+from dpo_fast_kernels.operands import Launch, Operands, new_columns
 
 BLOCK = 64  # rows a program, and gathered rows of W
 OFFSET = 24.0  # nats between zy and k: centres the exponent range of bfloat16
@@ -121,7 +121,7 @@ def target_logits(
     """Logit, slope, offset and kind of every row's target."""
     x, w = operands.x, operands.w
     n, hidden = x.shape
-    zy, slope, k = torch.empty(3, n, dtype=torch.float32, device=x.device).unbind(0)
+    zy, slope, k = new_columns(3, n, x.device)
     col = torch.empty(n, dtype=torch.int32, device=x.device)
     q = 0 if operands.tail_x is None else operands.tail_x.shape[1]
     if n:

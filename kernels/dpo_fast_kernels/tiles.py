@@ -1,19 +1,31 @@
-"""The shipped tiles: one table, keyed by (tile class, variant, class of H).
+"""The shipped table: engines and tiles by (architecture, dtype, variant, class of H, class of V).
 
-Unmeasured: the entries are those that compile without spills (`python -m dpo_fast_kernels.aot`),
-ordered by the roofline; `benchmarks/tile_sweep.py` on a GPU prints what to put here. A tile is a
-function of the architecture, the shapes and the variant only, never of free memory or of N: the
-same inputs give the same bits.
+``table.json`` beside this file holds it. ``benchmarks/tile_sweep.py`` on a GPU measures and writes
+the rows of that GPU's architecture, and under "measured" on what; the rows of an architecture that
+is absent there are those that compile without spills, ordered by the roofline. Every tile in it is
+compiled by ``python -m dpo_fast_kernels.aot``.
 
-Classes: "sm_90" has TMA and wgmma and up to 227 KiB of shared memory a block; "sm_80" stands for
-every other device from 8.0 on, and stays within the 99 KiB that 8.6, 8.9 and 12.0 have.
+A row is a function of the architecture, the shapes and the variant only, never of free memory or of
+N: the same inputs give the same bits. Engines do not depend on the statistics, or the log-probs of
+a logging step would differ from those of the reference beside it.
+
+Architectures: "sm_90" has TMA and wgmma and up to 227 KiB of shared memory a block, "sm_90-pointer"
+is the same without TMA; "sm_80" stands for every other device from 8.0 on, and stays within the 99
+KiB that 8.6, 8.9 and 12.0 have.
 """
 
-from typing import NamedTuple
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PATH = Path(__file__).with_name("table.json")
+ARCHITECTURES = ("sm_90", "sm_90-pointer", "sm_80")
+VARIANTS = ("plain", "softcap", "stats")  # stats: with or without a softcap
 
 
 class Tile(NamedTuple):
-    """Blocks of the exp-GEMM and how it is compiled."""
+    """Blocks of the exp-GEMM, how it is compiled and launched."""
 
     block_n: int
     block_v: int
@@ -23,22 +35,31 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     unit: int = 128  # columns of a partial sum: one for all tiles, so that their sums agree in bits
+    per_sm: int = 1  # programs a multiprocessor
 
 
-# (tile class, variant) -> (H at least, Tile) in ascending order; the last row whose bound holds is
-# taken. Variants: "plain", "softcap", "stats" (statistics, with or without a softcap).
-TABLE: dict[tuple[str, str], tuple[tuple[int, Tile], ...]] = {
-    ("sm_90", "plain"): ((0, Tile(128, 256, 64, 64, 8, 8, 3)),),
-    ("sm_90", "softcap"): ((0, Tile(128, 128, 64, 64, 8, 8, 4)),),
-    ("sm_90", "stats"): ((0, Tile(128, 128, 64, 64, 8, 8, 4)),),
-    # pointer loads instead of TMA: rows or strides that are not 16-byte aligned
-    ("sm_90-pointer", "plain"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_90-pointer", "softcap"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_90-pointer", "stats"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_80", "plain"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_80", "softcap"): ((0, Tile(128, 128, 64, 32, 8, 8, 3)),),
-    ("sm_80", "stats"): ((0, Tile(64, 128, 64, 32, 8, 8, 3)),),
-}
+class Row(NamedTuple):
+    """An entry of the table: it holds from these sizes on, until a row of larger ones."""
+
+    arch: str
+    dtype: str
+    variant: str
+    hidden: int
+    vocab: int
+    value: Any  # a Tile, or the name of an engine
+
+    def label(self) -> str:
+        """Its key in words."""
+        return f"{self.arch}, {self.dtype}, {self.variant}, H >= {self.hidden}, V >= {self.vocab}"
+
+
+class Table(NamedTuple):
+    """The contents of table.json."""
+
+    engines: tuple[Row, ...]
+    tiles: tuple[Row, ...]
+    measured: dict[str, Any]  # architecture -> on what
+
 
 INTERPRETER = {
     "plain": Tile(16, 32, 16, 16, 2, 4, 2, 16),
@@ -50,8 +71,37 @@ INTERPRETER = {
 OFF_RANGE_BLOCK_N = 16
 
 
-def tile_class(capability: tuple[int, int] | None, tma: bool) -> str:
-    """Class of a device; None is the interpreter."""
+@cache
+def table() -> Table:
+    """The shipped table, read once."""
+    return parsed(json.loads(PATH.read_text()))
+
+
+def parsed(content: dict[str, Any]) -> Table:
+    """Rows of the file's lists."""
+
+    def rows(name: str, value: str) -> tuple[Row, ...]:
+        keys = Row._fields[:-1]
+        return tuple(Row(*(row[key] for key in keys), row[value]) for row in content[name])
+
+    tiles = tuple(row._replace(value=Tile(*row.value)) for row in rows("tiles", "tile"))
+    return Table(rows("engines", "engine"), tiles, content["measured"])
+
+
+def pick(
+    rows: tuple[Row, ...], arch: str, dtype: str, variant: str, hidden: int, vocab: int
+) -> Row:
+    """The row that holds for these sizes: of the largest H class, then of the largest V class."""
+    fits = [
+        row
+        for row in rows
+        if row[:3] == (arch, dtype, variant) and row.hidden <= hidden and row.vocab <= vocab
+    ]
+    return max(fits, key=lambda row: (row.hidden, row.vocab))
+
+
+def architecture(capability: tuple[int, int] | None, tma: bool) -> str:
+    """The table's name of a device; None is the interpreter."""
     if capability is None:
         return "interpreter"
     if capability < (8, 0):
@@ -69,9 +119,9 @@ def variant_of(softcap: bool, stats: bool) -> str:
     return "stats" if stats else "softcap" if softcap else "plain"
 
 
-def choose_tile(name: str, variant: str, hidden_size: int) -> Tile:
-    """The shipped tile of a class, variant and hidden size."""
-    if name == "interpreter":
+def choose_tile(arch: str, variant: str, hidden: int, vocab: int) -> Tile:
+    """The shipped tile of the exp-GEMM, for 16-bit inputs."""
+    if arch == "interpreter":
         return INTERPRETER[variant]
-    rows = TABLE[name, variant]
-    return [tile for least, tile in rows if hidden_size >= least][-1]
+    tile: Tile = pick(table().tiles, arch, "bfloat16", variant, hidden, vocab).value
+    return tile

@@ -76,10 +76,13 @@ def test_the_caller_s_stream_and_one_launch(backend: str) -> None:
     stream.synchronize()
     assert all(bool((ref == 3.0).all()) for ref in refs)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        refs[0].fill_(0.0)
         plan.update_(0.5)
         torch.cuda.synchronize()
     kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) == 1, kernels
+    if not kernels:
+        pytest.skip("gpu: the profiler sees no kernels on this machine")
+    assert len(kernels) == 2, kernels  # the fill, and ours
 
 
 @pytest.mark.parametrize("backend", ("compiled", "triton"))

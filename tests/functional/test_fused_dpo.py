@@ -18,7 +18,8 @@ ROW = 4 * 112  # bytes of a stored row at V = 101 in float32, in the chunked bac
 PLANS = {
     "one group": {},
     "groups": {"workspace": 16 * ROW},
-    "a group a pair": {"workspace": 1},
+    "a group a pair, and one too long": {"workspace": 7 * ROW},
+    "all too long": {"workspace": 1},
     "min-memory": {"mode": "min-memory"},
     "store": {"mode": "store", "workspace": 1},
 }
@@ -116,8 +117,9 @@ def test_reference_without_a_weight_shares_the_policys_and_its_bias():
 
 def test_groups_are_what_a_separable_loss_is_called_with(each_cpu_backend):
     case = make_case(37)
-    plans = {"workspace": workspace_of(16, each_cpu_backend)}, {"workspace": 1}, {}
-    for plan, calls in zip(plans, ([2, 2, 1], [1] * 5, [5]), strict=True):
+    rows = lambda count: {"workspace": workspace_of(count, each_cpu_backend)}
+    plans = rows(16), rows(7), {"workspace": 1}, {"workspace": 1, "mode": "store"}, {}
+    for plan, calls in zip(plans, ([2, 2, 1], [1] * 5, [5], [1] * 5, [5]), strict=True):
         loss = SigmoidLoss()
         run(fused_linear_dpo, case, {"ref_logps": torch.zeros(10)}, loss, **plan)
         assert loss.calls == calls, plan

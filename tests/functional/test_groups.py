@@ -24,9 +24,13 @@ def test_groups_are_of_about_equal_size():
     assert [g.rows for g in groups] == [10, 10]  # not 18 and 2
 
 
-def test_a_pair_too_long_for_the_workspace_is_a_group_by_itself():
+def test_pairs_too_long_for_the_workspace_are_groups_apart():
     groups = plan_groups(borders([1, 50, 1, 1, 50, 1]).tolist(), 10)
     assert [(g.start, g.stop) for g in groups] == [(0, 1), (1, 2), (2, 3)]
+    groups = plan_groups(borders([1, 50, 50, 1, 1, 50, 50, 1]).tolist(), 10)
+    assert [(g.start, g.stop) for g in groups] == [(0, 1), (1, 3), (3, 4)]
+    groups = plan_groups(borders([1, 50, 50, 1, 1, 50, 50, 1]).tolist(), 10, join_long=False)
+    assert [(g.start, g.stop) for g in groups] == [(0, 1), (1, 2), (2, 3), (3, 4)]
 
 
 @given(lengths, st.integers(0, 40))
@@ -38,7 +42,8 @@ def test_every_pair_once_and_no_group_larger_than_allowed(lens, limit):
     values = torch.arange(rows)
     back = torch.full((rows,), -1)
     for group in groups:
-        assert group.rows <= limit or group.stop - group.start == 1
+        pairs_of = [lens[p] + lens[pairs + p] for p in range(group.start, group.stop)]
+        assert group.rows <= limit or all(size > limit for size in pairs_of)
         taken = group.take(values)
         own = group.borders(cu)
         assert own[0] == 0 and own[-1] == group.rows == len(taken)

@@ -151,6 +151,19 @@ def test_groups_of_a_separable_loss_add_no_gemm():
     assert gemm.count() == 4
 
 
+def test_a_pair_too_long_for_the_workspace_is_recomputed_by_itself():
+    """One of two pairs exceeds it: half of a GEMM more, and nothing larger than the workspace."""
+    case = case_of()
+    cu = borders([N // 16, N * 7 // 16, N // 16, N * 7 // 16])
+    with Gemms() as gemm, LargestAllocation(known=(case.hidden, case.weight)) as seen:
+        fused_linear_dpo(
+            case.hidden, case.weight, case.target, cu, ref_logps=torch.zeros(4),
+            loss=SigmoidLoss(), backend="chunked", workspace=48 * ROW,
+        ).loss.backward()  # fmt: skip
+    assert gemm.count() == 3 + 7 / 8
+    assert seen.bytes <= max(buffer_bytes(48, ROW), V * H * 4)
+
+
 def test_no_grad_is_one_gemm_even_if_the_inputs_require_gradients():
     case = case_of()
     with torch.no_grad(), Gemms() as gemm:

@@ -1,5 +1,6 @@
 """Every shipped tile of every kernel compiles for sm_90 and sm_80: no GPU, no spills."""
 
+import json
 import os
 import subprocess
 import sys
@@ -43,33 +44,30 @@ def test_limits_are_limits():
 
 def test_every_tile_of_the_table_is_checked():
     from dpo_fast_kernels.aot import gemm_cases
-    from dpo_fast_kernels.tiles import TABLE
+    from dpo_fast_kernels.tiles import table
 
-    labels = [c.label for target in ("sm_90", "sm_80") for c in gemm_cases(target)]
-    for rows in TABLE.values():
-        for _, tile in rows:
-            name = f"{tile.block_n}x{tile.block_v}x{tile.block_h} w{tile.num_warps}"
-            assert any(name in label for label in labels), tile
-    assert len(labels) == len(
-        {(c.target, c.label) for t in ("sm_90", "sm_80") for c in gemm_cases(t)}
-    )
+    cases = [c for target in ("sm_90", "sm_80") for c in gemm_cases(target)]
+    for row in table().tiles:
+        tile, way = row.value, "tma" if row.arch == "sm_90" else "ptr"
+        name = f"{way} {tile.block_n}x{tile.block_v}x{tile.block_h} w{tile.num_warps}"
+        target, aligned = row.arch.removesuffix("-pointer"), row.arch != "sm_90-pointer"
+        own = [c for c in cases if c.target == target and c.aligned == aligned]
+        assert any(name in c.label for c in own), row
+    assert len(cases) == len({(c.target, c.label, c.aligned) for c in cases})
 
 
-def test_tiles_obey_the_kernels_rules():
-    from dpo_fast_kernels.tiles import INTERPRETER, TABLE, choose_tile, tile_class
-
-    found = [(v, t) for (_, v), rows in TABLE.items() for _, t in rows]
-    for variant, tile in [*found, *INTERPRETER.items()]:
-        for side in tile[:4]:
-            assert side & (side - 1) == 0 and side >= 16
-        assert tile.block_v % tile.unit == 0
-        assert variant != "stats" or tile.block_v == tile.unit
-    assert len({t.unit for _, t in found}) == 1
-    for capability, tma, name in (
-        ((9, 0), True, "sm_90"), ((9, 0), False, "sm_90-pointer"), ((8, 0), False, "sm_80"),
-        ((8, 9), False, "sm_80"), ((12, 0), False, "sm_80"),
-    ):  # fmt: skip
-        assert tile_class(capability, tma) == name
-        assert choose_tile(name, "plain", 1024) == TABLE[name, "plain"][-1][1]
-    with pytest.raises(ValueError, match=r"7\.5"):
-        tile_class((7, 5), False)
+@pytest.mark.slow
+def test_what_is_launched_is_what_is_compiled():
+    """Triton's launch path with a stand-in for the driver; every call of every mode."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels"), *sys.path))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.launches"],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [r["target"] for r in reports] == ["sm_90", "sm_80"]
+    for report in reports:
+        assert not report["faults"], report["faults"]
+        assert report["launches"] > 60 and len(report["kernels"]) == 13, report["kernels"]

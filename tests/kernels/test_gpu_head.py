@@ -39,7 +39,7 @@ def call(function, leaves, target, kwargs, **options):
     )  # fmt: skip
 
 
-def check(made, dtype, *, mode=None, frozen=False, outputs=(), backend="triton"):
+def check(made, dtype, *, mode=None, frozen=False, outputs=(), backend="triton", limit=None):
     leaves, target, kwargs = made
     wanted = {k: v for k, v in leaves.items() if not frozen or k in ("hidden", "a")}
     for name, leaf in leaves.items():
@@ -64,7 +64,7 @@ def check(made, dtype, *, mode=None, frozen=False, outputs=(), backend="triton")
     expected = torch.autograd.grad(right, [exact[k] for k in wanted], upstream.double())
     for name, a, b in zip(wanted, grads, expected, strict=True):
         assert a.dtype == leaves[name].dtype
-        assert relative_error(a, b) <= LIMIT[dtype], name
+        assert relative_error(a, b) <= (limit or LIMIT[dtype]), name
 
 
 @pytest.mark.parametrize("mode", ["store", "min-memory", "frozen"])
@@ -100,8 +100,9 @@ def test_statistics(features, mode):
 )
 def test_odd_shapes(rows, width, vocab):
     """Both loads: TMA where H % 8 == 0, pointers elsewhere."""
+    limit = 8e-3 if rows < 16 else None  # a few elements: no rms of many roundings
     for mode in ("store", "min-memory"):
-        check(make(rows, width, vocab), torch.bfloat16, mode=mode)
+        check(make(rows, width, vocab), torch.bfloat16, mode=mode, limit=limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -160,7 +161,14 @@ def test_not_finite_rows_stay_alone():
 
 
 def test_target_out_of_range_is_nan_without_a_stray_read():
+    from dpo_fast_kernels.ops import linear_logprob_fwd
+
     leaves, target, _ = make(140, 256, 8001)
-    target[3], target[77] = 8001, 2**40
-    found = linear_logprobs(leaves["hidden"], leaves["weight"], target, backend="triton")
-    assert found.isnan().nonzero().flatten().tolist() == [3, 77]
+    target[3], target[77], target[90], target[5] = 8001, 2**40, -1, -100
+    hidden, weight = leaves["hidden"], leaves["weight"]
+    for backend in ("triton", "chunked"):
+        found = linear_logprobs(hidden, weight, target, backend=backend)
+        assert found.isnan().nonzero().flatten().tolist() == [3, 77, 90] and found[5] == 0
+    args = (None, None, None, 0.0, None, 1.0, -100, [False] * 5, False, False, None)
+    raw = linear_logprob_fwd(hidden.detach(), weight.detach(), target, *args)[0]
+    assert torch.equal(raw.isnan(), found.isnan()) and raw[5] == 0

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.functional.cases import make_case
 from tests.kernels.support import HEADS, gold, interpreted, naive, run, small_case
@@ -119,6 +121,26 @@ def test_groups_of_rows_under_a_frozen_head(monkeypatch):
     compare(small_case("all"), "triton", frozen=True)
 
 
+@given(st.integers(1, 40_000), st.integers(1, 2**23))
+def test_groups_are_even_whole_tiles_within_the_limit(rows, row_bytes):
+    from dpo_fast_kernels.head import GROUP_BYTES, ROW_TILE, group_rows
+
+    size = group_rows(rows, row_bytes)
+    assert 1 <= size <= max(1, GROUP_BYTES // row_bytes)
+    if size < rows:
+        assert size % ROW_TILE == 0 or GROUP_BYTES // row_bytes < ROW_TILE
+        last = rows - (-(-rows // size) - 1) * size
+        assert 0 < last <= size
+
+
+def test_literal_groups():
+    from dpo_fast_kernels.head import group_rows
+
+    assert group_rows(8192, 128256 * 2) == 2048
+    assert group_rows(8192, 152064 * 2) == 1664
+    assert group_rows(500, 128256 * 2) == 500
+
+
 def test_slabs_and_blocks_of_the_recomputing_backward(monkeypatch):
     from dpo_fast_kernels import engine, recompute
 
@@ -175,6 +197,17 @@ def test_low_rank_tail_is_exact_in_sixteen_bits():
     tail_x, tail_w, _ = low_rank_tail(x, torch.bfloat16, None, bias)
     found = tail_x.double() @ tail_w.double().T
     torch.testing.assert_close(found, bias.double().expand(40, 50), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_to_be_scaled_or_summed_further_are_float32(mode):
+    """The fused loss multiplies them once more, ranks add them: both before the one rounding."""
+    case = small_case("lora", torch.float16)
+    wide = run(case, "cublas", wide=True, **MODES[mode])
+    assert {g.dtype for g in wide.grads.values()} == {torch.float32}
+    narrow = run(case, "cublas", **MODES[mode])
+    assert narrow.grads["hidden"].dtype == torch.float16
+    assert torch.equal(narrow.grads["hidden"], wide.grads["hidden"].half())
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])

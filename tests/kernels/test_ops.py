@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_fast.backends import LinearHead, choose
-from dpo_fast.functional import fused_linear_dpo, linear_logprobs, sequence_logprobs
+from dpo_fast.functional import fused_linear_dpo, host, linear_logprobs, sequence_logprobs
 from dpo_fast.functional.linear import score
 from dpo_fast.naive import naive_linear_dpo, naive_linear_logprobs, naive_sequence_logprobs
 from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
@@ -41,6 +41,13 @@ def test_opcheck(engine, wanted, store):
     torch.library.opcheck(linear_logprob_bwd, (*back, *saved), test_utils=checks)
 
 
+def test_opcheck_of_the_segment_sum():
+    from dpo_fast_kernels.segment import segment_sum
+
+    values = torch.randn(9, requires_grad=True)
+    torch.library.opcheck(segment_sum, (values, torch.tensor([0, 0, 4, 9])))
+
+
 @pytest.mark.parametrize("mode", ["store", "min-memory"])
 def test_traced_whole(mode):
     backend = choose("triton", "cpu", torch.float32)
@@ -55,6 +62,31 @@ def test_traced_whole(mode):
     plain = torch.autograd.grad(loss(*leaves, case.target), leaves)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     traced = torch.autograd.grad(compiled(*leaves, case.target), leaves)
+    for a, b in zip(plain, traced, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [None, "store", "min-memory"])
+def test_a_model_and_its_loss_are_traced_whole(mode, monkeypatch):
+    """As on a GPU, where no value is known to the host: one graph, sums over sequences included."""
+    monkeypatch.setattr(host, "on_host", lambda tensor: False)
+    body = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh())
+    case = make_case(sum(LENGTHS), 16, 37, bias=True, rank=2)
+    case.target[3] = -100
+    cu = borders()
+    x = torch.randn(sum(LENGTHS), 8)
+
+    def loss(x, target, cu):
+        logps = sequence_logprobs(
+            body(x), case.weight, target, cu, mode=mode, backend="triton", softcap=9.0,
+            **case.kwargs,
+        )  # fmt: skip
+        return -torch.nn.functional.logsigmoid(logps[:5] - logps[5:]).sum()
+
+    leaves = [*body.parameters(), *list(case.leaves().values())[1:]]
+    plain = torch.autograd.grad(loss(x, case.target, cu), leaves)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    traced = torch.autograd.grad(compiled(x, case.target, cu), leaves)
     for a, b in zip(plain, traced, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -119,18 +151,40 @@ def test_equal_models_give_log_two_in_bits():
         torch.testing.assert_close(found.logps, found.ref_logps, rtol=1e-6, atol=0)
 
 
-def test_two_forwards_before_one_backward_and_retain_graph():
-    case = make_case(9, 16, 37)
-    leaves = (case.hidden, case.weight)
-    first = linear_logprobs(*leaves, case.target, backend="triton")
-    second = linear_logprobs(case.hidden * 2, case.weight, case.target, backend="triton")
-    once = torch.autograd.grad(first.sum(), leaves, retain_graph=True)
-    both = torch.autograd.grad(first.sum() + second.sum(), leaves, retain_graph=True)
-    again = torch.autograd.grad(first.sum(), leaves)
-    rest = torch.autograd.grad(second.sum(), leaves)
-    for a, b, c, d in zip(once, both, again, rest, strict=True):
-        assert torch.equal(a, c)
-        torch.testing.assert_close(b, a + d)
+WAYS = {"store": ("store", True), "again": ("min-memory", True), "frozen": (None, False)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("engine", ["triton", "cublas"])
+def test_two_forwards_before_one_backward_and_retain_graph(engine, way):
+    """Chosen and rejected in separate calls, each held until the loss of both is known."""
+    from dpo_fast.backends.triton_backend import TritonBackend
+
+    mode, trained = WAYS[way]
+    case = make_case(18, 16, 37, requires_grad=("hidden", "weight") if trained else ("hidden",))
+    leaves = list(case.leaves().values())
+    backend = TritonBackend(engine)
+
+    def logps(rows):
+        head = LinearHead(case.weight, None, None, 1.0, None)
+        return score(backend, case.hidden[rows], head, case.target[rows], (), mode, None).logps
+
+    def grads(loss, keep=True):
+        return torch.autograd.grad(loss, leaves, retain_graph=keep)
+
+    chosen, rejected = logps(slice(0, 9)), logps(slice(9, 18))
+    pair = lambda c, r: -torch.nn.functional.logsigmoid(0.1 * (c.sum() - r.sum()))
+    both = grads(pair(chosen, rejected))
+    again = grads(pair(chosen, rejected))
+    alone = grads(chosen.sum()), grads(rejected.sum())
+    apart = grads(chosen.sum() + 3 * rejected.sum(), keep=False)
+    z = naive_linear_logprobs(case.hidden, case.weight, case.target)
+    expected = grads(pair(z[:9], z[9:]), keep=False)
+    for a, b, c in zip(both, again, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-7)
+    for a, b, c in zip(apart, *alone, strict=True):
+        torch.testing.assert_close(a, b + 3 * c, rtol=1e-5, atol=1e-6)
 
 
 def test_stored_backward_reads_no_weight():

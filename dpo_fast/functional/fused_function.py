@@ -53,7 +53,7 @@ class Rows(NamedTuple):
         """
         if not host.on_host(self.target):
             masked = mask_targets(self.target, vocab, self.ignore_index)
-            return self._replace(target=masked.index, masked=masked), None
+            return self._replace(target=masked.target, masked=masked), None
         valid = self.target != self.ignore_index
         if bool(valid.all()):
             return self, None

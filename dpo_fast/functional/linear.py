@@ -115,7 +115,7 @@ def score_valid(
     if not host.on_host(target):
         masked = mask_targets(target, head.vocab, ignore_index)
         rows = masked.rows(hidden)
-        result = score(backend, rows, head, masked.index, outputs, mode, workspace)
+        result = score(backend, rows, head, masked.target, outputs, mode, workspace)
         return _map(result, masked.values)
     valid = target != ignore_index
     if bool(valid.all()):

@@ -12,7 +12,7 @@ from torch import Tensor
 class MaskedTargets(NamedTuple):
     """Targets that every backend can take, and which rows they stand for."""
 
-    index: Tensor  # [N] int64, inside the vocabulary everywhere
+    target: Tensor  # [N] int64, inside the vocabulary everywhere
     counts: Tensor  # [N] bool: the row has a target
     fill: Tensor  # [N] float32, log-prob of the others: 0 where ignored, NaN where out of range
 

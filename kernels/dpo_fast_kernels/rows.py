@@ -180,7 +180,8 @@ class RowState(NamedTuple):
 def new_row_state(n: int, stats: bool, device: torch.device) -> RowState:
     """Unwritten results for n rows."""
     found = torch.empty(3, n, dtype=torch.float32, device=device) if stats else None
-    return RowState(*new_columns(4, n, device), found)
+    logps, s, fix, delta = new_columns(4, n, device)
+    return RowState(logps, s, fix, delta, found)
 
 
 def reduce_tiles(

@@ -82,7 +82,7 @@ def parsed(content: dict[str, Any]) -> Table:
 
     def rows(name: str, value: str) -> tuple[Row, ...]:
         keys = Row._fields[:-1]
-        return tuple(Row(*(row[key] for key in keys), row[value]) for row in content[name])
+        return tuple(Row(**{k: row[k] for k in keys}, value=row[value]) for row in content[name])
 
     tiles = tuple(row._replace(value=Tile(*row.value)) for row in rows("tiles", "tile"))
     return Table(rows("engines", "engine"), tiles, content["measured"])

@@ -35,7 +35,7 @@ def known(function, *args, **kwargs):
 
 def test_mask_targets():
     masked = mask_targets(torch.tensor([3, -100, -1, 7, 2**40, 0]), 7, -100)
-    assert masked.index.tolist() == [3, 0, 0, 0, 0, 0]
+    assert masked.target.tolist() == [3, 0, 0, 0, 0, 0]
     assert masked.counts.tolist() == [True, False, False, False, False, True]
     torch.testing.assert_close(
         masked.fill, torch.tensor([NAN, 0.0, NAN, NAN, NAN, NAN]), equal_nan=True

@@ -62,6 +62,7 @@ def scored(function, leaves, target, options, **more):
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40)
 @given(calls())

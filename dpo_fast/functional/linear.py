@@ -192,7 +192,7 @@ def vocab_shard(group: Any, weight: Tensor) -> VocabShard | None:
         return VocabShard.exchange(group, weight.shape[0], weight.device)
     raise ValueError(
         f"group={group!r} must be a VocabShard (VocabShard.even(process_group, V) for DTensor's "
-        "Shard(0)), a torch.distributed.ProcessGroup, or None"
+        "Shard(0)) or a torch.distributed.ProcessGroup; for a whole vocabulary pass group=None"
     )
 
 

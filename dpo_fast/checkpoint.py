@@ -7,11 +7,11 @@ its rotation sees; when every rank has written, the main one hashes all files in
 
 Trust. Files of ours are JSON and safetensors, never pickles. transformers loads its own
 (``optimizer.pt``, ``scheduler.pt``, ``rng_state*.pth``) with ``weights_only=True`` and never loads
-``training_args.bin``; the folders of DCP (FSDP2) and DeepSpeed hold pickles that run code when they
-are loaded. Nothing is loaded before the manifest matches: every listed file has its size and hash,
-and no file that a loader would open was added. That finds damage, mixed-up files and partial copies.
-It is no signature: who can write to the folder can write the manifest, too. Resume only from folders
-that only you and those you trust can write to.
+``training_args.bin``; the folders of DCP (FSDP2) and DeepSpeed hold pickles that run code when
+they are loaded. Nothing is loaded before the manifest matches: every listed file has its size and
+hash, and no file that a loader would open was added. That finds damage, mixed-up files and partial
+copies. It is no signature: who can write to the folder can write the manifest, too. Resume only
+from folders that only you and those you trust can write to.
 """
 
 import errno

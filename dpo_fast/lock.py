@@ -1,4 +1,4 @@
-"""A lock on a folder that dies with its holder: ``flock``, which the kernel frees after a SIGKILL."""
+"""A lock on a folder that dies with its holder: ``flock``, freed by the kernel after a SIGKILL."""
 
 import errno
 import logging

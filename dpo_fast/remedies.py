@@ -149,9 +149,7 @@ def _all_remedies(config: Any, batch: MicroBatch, setup: StepSetup) -> Iterator[
 
     if setup.may_pack:
         packed = replace(batch, positions=batch.attended - batch.shared)
-        yield Remedy(
-            "batch_layout='auto'", saved(packed), "nothing: padding and second copies go"
-        )
+        yield Remedy("batch_layout='auto'", saved(packed), "nothing: padding and second copies go")
     if setup.may_precompute and setup.reference:
         yield Remedy(
             "reference='precomputed'",

@@ -4,8 +4,8 @@ A key stands for everything that changes the values of a row (reference, precisi
 rows in it are found by the digest of their token ids. So a dataset that grew, was shuffled or split
 anew finds the rows it shares. Nothing is ever changed in place: a part is written aside, synced and
 renamed to the SHA-256 of its bytes. A kill at any moment leaves whole parts. Jobs on one key may
-compute a row twice; it is stored once, by the one that first has the folder's lock (``flock``, which
-dies with its holder).
+compute a row twice; it is stored once, by the one that first has the folder's lock (``flock``,
+which dies with its holder).
 
 Layout::
 

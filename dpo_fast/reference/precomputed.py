@@ -134,7 +134,9 @@ class PrecomputedReference:
         mine = cache.key, hashlib.sha256(keys.digests.tobytes()).hexdigest()
         for rank, (key, rows) in enumerate(self.how.ranks.gather(mine)):
             if (key, rows) != mine:
-                what = "the reference or its settings" if key != mine[0] else f"the rows of {name!r}"
+                what = (
+                    "the reference or its settings" if key != mine[0] else f"the rows of {name!r}"
+                )
                 raise ValueError(
                     f"reference='precomputed': {what} differ between rank {rank} and rank "
                     f"{self.how.ranks.rank}. Give every rank the same model, arguments and dataset "
@@ -142,7 +144,7 @@ class PrecomputedReference:
                 )
 
     def _exchange(self, keys: RowKeys, cache: LogpsCache, todo: list[np.ndarray]) -> None:
-        """Wait for all ranks and read what they stored; what is on other machines' disks is sent."""
+        """Wait for all ranks, read what they stored; what is on another machine's disk is sent."""
         ranks = self.how.ranks
         if ranks.size == 1:
             return

@@ -13,6 +13,7 @@ from dpo_fast.reference.estimate import weight_bytes
 from dpo_fast.remedies import MicroBatch, StepSetup, explain
 from dpo_fast.trainer.setup import head_dtype
 
+
 class OutOfMemoryMixin:
     """Part of :class:`dpo_fast.Trainer`: remembers a micro-batch's shape, explains what it took."""
 

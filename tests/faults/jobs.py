@@ -1,7 +1,10 @@
 """What the processes do that are killed: functions of plain arguments, run by the nursery."""
 
+import errno
 import json
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import datasets  # noqa: F401  (imported once, by the nursery's server)
 import peft  # noqa: F401
 import torch
+from transformers import TrainerCallback
 
 import dpo_fast
 from dpo_fast.trainer import Trainer
@@ -68,3 +72,48 @@ def train(strategy: str, folder: str, fatal: int | None, overrides: dict[str, An
     trainer_of(strategy, Path(folder), **overrides).train(resume_from_checkpoint="auto")
     facts = {"seconds": time.monotonic() - started, "moments": events.names}
     (Path(folder) / "facts.json").write_text(json.dumps(facts))
+
+
+class Trouble(TrainerCallback):
+    """What happens to one rank when a step is done."""
+
+    def __init__(self, what: str, rank: int, step: int) -> None:
+        self.what, self.rank, self.step = what, rank, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step != self.step or args.process_index != self.rank:
+            return
+        if self.what == "raise":
+            raise ValueError("the reader of this rank found no more disks")
+        if self.what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.what == "nan":
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).fill_(float("nan"))
+
+
+def train_rank(strategy: str, folder: str, trouble: list[Any], overrides: dict[str, Any]) -> None:
+    """One rank of a DDP launch; ``trouble``: what, which rank, after which step; or nothing."""
+    torch.set_num_threads(1)
+    callbacks: list[TrainerCallback] = [Trouble(*trouble)] if trouble else []
+    if trouble and trouble[0] == "disk full":
+        callbacks = []
+        _no_room(rank=trouble[1], step=trouble[2])
+    options = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **overrides}
+    trainer = trainer_of(strategy, Path(folder), callbacks=callbacks, **options)
+    trainer.train(resume_from_checkpoint="auto")
+
+
+def _no_room(rank: int, step: int) -> None:
+    """The manifest of checkpoint ``step`` finds the disk full (only the main rank writes it)."""
+    from dpo_fast import checkpoint
+
+    original = checkpoint.write_manifest
+
+    def full(folder: Any) -> None:
+        if Path(folder).name == f"checkpoint-{step}":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(folder)
+
+    if int(os.environ["RANK"]) == rank:
+        checkpoint.write_manifest = full

@@ -1,4 +1,4 @@
-"""Kill a training at a random moment, let it go on, and compare everything with a run that lived."""
+"""Kill a training at a random moment, let it go on, compare all with a run that was not killed."""
 
 import hashlib
 import json
@@ -16,7 +16,13 @@ STRATEGIES = ("precomputed", "ema", "frozen", "adapter")
 FINAL = f"checkpoint-{jobs.STEPS}"
 # what a checkpoint says about the clock and the folder, not about the training
 _OF_THE_RUN = {"trainer_state.json", "training_args.bin", "README.md"}
-_CLOCK = ("perf/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+_CLOCK = (
+    "perf/",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "total_flos",
+)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ def uninterrupted(strategy: str, folder: Path) -> Whole:
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """Hashes of the final checkpoint's weights, optimizer, schedule, generators and reference; every
-    logged number; every value in the cache.
+    """Hashes of the final checkpoint's weights, optimizer, schedule, generators and reference;
+    every logged number; every value in the cache.
     """
     final = folder / "run" / FINAL
     verify_checkpoint(final)

@@ -66,7 +66,7 @@ def test_a_real_allocation_that_is_too_large(tmp_path: Path, monkeypatch: Any) -
 def test_other_errors_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of("adapter", tmp_path, save_strategy="no")
     fails_in(monkeypatch, Objective, "__call__", RuntimeError("shapes differ"))
-    with pytest.raises(RuntimeError, match="^shapes differ$") as caught:
+    with pytest.raises(RuntimeError, match=r"^shapes differ$") as caught:
         trainer.train()
     assert not is_out_of_memory(caught.value)
 

@@ -5,6 +5,7 @@ after the calls of a training step. Of a file that a library writes, there is a 
 of it is on the disk.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -43,6 +44,17 @@ class Events:
 
         setattr(owner, name, watched)
 
+    def watch_sync(self) -> None:
+        """Before ``os.fsync`` half of the file is on the disk, where it was open for writing."""
+        original = os.fsync
+
+        def watched(descriptor: int) -> None:
+            self.happen("in fsync", lambda: lose_half(descriptor))
+            original(descriptor)
+            self.happen("after fsync")
+
+        os.fsync = watched
+
     def watch_writer(self, owner: Any, name: str) -> None:
         """``owner.name(what, path, ...)`` writes a file: also a moment when half of it is there."""
         original = getattr(owner, name)
@@ -62,6 +74,14 @@ def cut_in_half(path: Any) -> None:
         os.truncate(path, Path(path).stat().st_size // 2)
 
 
+def lose_half(descriptor: int) -> None:
+    """What the kernel has not written yet is lost with the power."""
+    try:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    except OSError as error:
+        assert error.errno in (errno.EBADF, errno.EINVAL)  # open for reading, or a folder
+
+
 def watch_everything(events: Events) -> None:
     """All moments of a training with checkpoints, a cache and an EMA."""
     import safetensors.torch
@@ -72,8 +92,9 @@ def watch_everything(events: Events) -> None:
     from dpo_fast.functional.ema import EmaPlan
     from dpo_fast.trainer.objective import Objective
 
-    for name in ("replace", "rename", "fsync", "unlink"):
+    for name in ("replace", "rename", "unlink"):
         events.watch(os, name)
+    events.watch_sync()
     events.watch(shutil, "rmtree")
     events.watch_writer(torch, "save")
     events.watch_writer(safetensors.torch, "save_file")

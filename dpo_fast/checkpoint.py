@@ -58,6 +58,8 @@ _WRITE_ERRORS = {
     errno.ESTALE,
     errno.ENOENT,
 }
+# what torch.save's C++ writer says when the disk is full
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
 # what a loader of transformers, PEFT, DCP or DeepSpeed opens, finds others by, or runs
 _LOADED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".distcp", ".py"}
 _LOADED_NAMES = {".metadata", "latest"}
@@ -151,7 +153,7 @@ def is_write_error(error: Exception) -> bool:
         return error.errno in _WRITE_ERRORS
     if isinstance(error, SafetensorError):
         return True
-    return isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_SAVE)
 
 
 def _cannot_write(stage: Stage, error: Exception) -> OSError:

@@ -44,6 +44,7 @@ def trainer_of(strategy: str, folder: Path, **overrides: Any) -> Trainer:
         arguments.get("ref_model"),
         dpo_fast.DPOConfig(**{**config, **overrides}),
         train_dataset=rows(),
+        eval_dataset=rows(4) if "eval_strategy" in overrides else None,
         processing_class=tiny_tokenizer(),
         callbacks=callbacks,
         **arguments.get("trainer_kwargs", {}),

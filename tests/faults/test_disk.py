@@ -4,10 +4,12 @@ import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dpo_fast.checkpoint import newest_complete_checkpoint, verify_checkpoint
+from dpo_fast.reference.cache import LogpsCache
 from tests.faults import jobs
 from tests.faults.kills import assert_nothing_partial, cached_rows
 from tests.faults.nursery import Child, run
@@ -35,10 +37,23 @@ def train_with_limit(folder: str, strategy: str, limit: int) -> None:
     jobs.train(strategy, folder, None, {"max_steps": 4})
 
 
-def fails(folder: Path, strategy: str, limit: int) -> str:
-    child = Child(folder / "log.txt", train_with_limit, str(folder), strategy, limit)
-    assert child.wait() == 1, child.text()
-    return child.text()
+def train_until_the_cache_is_full(folder: str, parts: int) -> None:
+    """After so many parts of four rows the kernel refuses to write to the next one."""
+    original, written = LogpsCache._write_part, []
+
+    def limited(self: LogpsCache, *args: Any) -> Path:
+        if len(written) == parts:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        written.append(0)
+        try:
+            return original(self, *args)
+        finally:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    LogpsCache._write_part = limited  # type: ignore[method-assign]
+    jobs.train("precomputed", folder, None, {})
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +69,26 @@ def sizes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 def test_files_that_cannot_be_written(tmp_path: Path, sizes: dict[str, int], file: str) -> None:
     """safetensors writes in Rust, torch.save in C++: each has an error of its own."""
     assert sizes["model.safetensors"] < sizes["optimizer.pt"]
-    text = fails(tmp_path, "frozen", sizes[file] - 1)
+    limit = sizes[file] - 1
+    child = Child(tmp_path / "log.txt", train_with_limit, str(tmp_path), "frozen", limit)
+    assert child.wait() == 1, child.text()
+    text = child.text()
     assert "checkpoint-2 could not be written" in text and "MiB were free" in text
     assert "Make room" in text and "resume_from_checkpoint=True" in text
     assert list((tmp_path / "run").glob("*checkpoint-*")) == []
 
 
 def test_a_part_of_the_cache_that_cannot_be_written(tmp_path: Path) -> None:
-    """The log's own lines fit into 64 KiB; parts of four rows do, too: one of 24 does not."""
-    text = fails(tmp_path, "precomputed", 420)
-    assert "cache of reference log-probs" in text and "cannot be written" in text
+    """Two parts are stored, the third is cut short: the two stay, and the next run adds to them."""
+    child = Child(tmp_path / "log.txt", train_until_the_cache_is_full, str(tmp_path), 2)
+    assert child.wait() == 1, child.text()
+    text = child.text()
+    assert "The 8 rows that are stored there stay valid" in text and "File too large" in text
     assert "choose another ref_cache_dir" in text
     assert_nothing_partial(tmp_path)
+    assert len(cached_rows(tmp_path)) == 8 and not list(tmp_path.rglob(".tmp-*"))
+    run(tmp_path, jobs.train, "precomputed", str(tmp_path), None, {})
+    assert len(cached_rows(tmp_path)) == 24
 
 
 def test_a_full_disk_during_a_run(small_disk: Path) -> None:

@@ -67,7 +67,7 @@ def test_nan_in_one_rank(tmp_path: Path) -> None:
 
 def test_torchruns_summary_names_the_reason(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=0", "-m", "tests.faults.torchrun_script", str(tmp_path)]
+    command += ["--standalone", "-m", "tests.faults.torchrun_script", str(tmp_path)]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=PATIENCE, env=env, check=False

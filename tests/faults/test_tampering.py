@@ -170,7 +170,6 @@ def test_the_best_model_is_checked_before_it_is_loaded(tmp_path: Path) -> None:
         "metric_for_best_model": "eval_loss",
     }
     trainer = trainer_of("frozen", tmp_path, **options)
-    trainer.eval_dataset = trainer.train_dataset.select(range(4))
     original = trainer._load_best_model
 
     def damaged() -> None:

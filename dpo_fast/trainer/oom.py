@@ -42,7 +42,8 @@ class OutOfMemoryMixin:
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers."""
-        self._micro_batch = shape_of(inputs)
+        if "executed_tokens" in inputs:
+            self._micro_batch = shape_of(inputs)
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _model_config(self) -> Any:

@@ -80,7 +80,8 @@ def shares(tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
     Longest first, two ranks differ by at most one batch. All ranks get the same answer from the
     same ``tokens``.
     """
-    load, out = [0] * num_ranks, [[] for _ in range(num_ranks)]  # type: ignore[var-annotated]
+    load = [0] * num_ranks
+    out: list[list[int]] = [[] for _ in range(num_ranks)]
     for batch, count in enumerate(tokens):
         rank = load.index(min(load))
         out[rank].append(batch)

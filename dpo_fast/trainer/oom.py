@@ -1,6 +1,6 @@
 """Out of memory in training: raised again with the cheapest remedies and their GiB."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,6 @@ from dpo_fast.backends import LinearHead
 from dpo_fast.backends import choose as choose_backend
 from dpo_fast.models import base_causal_lm, head_of
 from dpo_fast.out_of_memory import OutOfMemory, is_out_of_memory
-from dpo_fast.reference.estimate import weight_bytes
 from dpo_fast.remedies import MicroBatch, StepSetup, explain
 from dpo_fast.trainer.setup import head_dtype
 
@@ -52,16 +51,18 @@ class OutOfMemoryMixin:
 
     def _step_setup(self) -> StepSetup:
         args = self.args
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        second = getattr(self.reference, "module", None)
+        second: nn.Module | None = getattr(self.reference, "module", None)
         mixed = args.bf16 or args.fp16
         layout = self.layout.name  # type: ignore[attr-defined]
+        ranks = self.accelerator.num_processes  # type: ignore[attr-defined]
         parallel = str(self.accelerator.distributed_type)  # type: ignore[attr-defined]
+        sharded = "FSDP" in parallel or "DEEPSPEED" in parallel
+        shards = ranks if sharded else 1
         return StepSetup(
-            weights=weight_bytes(self.model),
-            trained=sum(p.nbytes for p in trained),
+            weights=_bytes(self.model.parameters()) // shards,
+            trained=_bytes(p for p in self.model.parameters() if p.requires_grad) // shards,
             trained_head=head_of(self.model).weight.requires_grad,
-            reference=0 if second is None else weight_bytes(second),
+            reference=0 if second is None else _bytes(second.parameters()) // shards,
             may_precompute=getattr(self.reference, "name", "") in ("frozen", "adapter")
             and hasattr(self.train_dataset, "__len__"),  # type: ignore[attr-defined]
             itemsize=2 if mixed else next(self.model.parameters()).element_size(),
@@ -72,9 +73,7 @@ class OutOfMemoryMixin:
             accumulation=args.gradient_accumulation_steps,
             token_budget=args.max_tokens_per_batch,
             on_cuda=args.device.type == "cuda",
-            ranks=self.accelerator.num_processes  # type: ignore[attr-defined]
-            if "FSDP" not in parallel and "DEEPSPEED" not in parallel
-            else 1,
+            ranks=1 if sharded else ranks,
         )
 
 
@@ -86,6 +85,11 @@ def shape_of(batch: Mapping[str, Any]) -> MicroBatch:
     # a prompt stands once where both answers share it; both have it otherwise
     shared = max(attended - scored, 0) // 2
     return MicroBatch(pairs, positions, attended, shared, scored)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Of whole parameters, also where DeepSpeed keeps only a part of each here."""
+    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
 
 
 def _default_workspace(args: Any, model: nn.Module) -> int:

@@ -10,13 +10,16 @@ CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 
-.PHONY: demo test check test-gpu bench bench-gpu clean
+.PHONY: demo test test-faults check test-gpu bench bench-gpu clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
 
 test: $(VENV)/.test  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
+
+test-faults: $(VENV)/.test  ## 50 random kills of a training (5 are in `make test`); about 10 minutes
+	DPO_FAST_KILLS=50 $(BIN)/python -m pytest -n $(JOBS) --dist load tests/faults/test_random_kills.py
 
 check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff check $(CODE)

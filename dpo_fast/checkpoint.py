@@ -3,10 +3,18 @@
 transformers writes a checkpoint in place and resumes from the highest number, whole or not. Here it
 writes into ``<output_dir>/.staging-checkpoint-N/checkpoint-N``, a name that neither its search nor
 its rotation sees; when every rank has written, the main one hashes all files into
-``manifest.json``, syncs them, and renames the folder to ``<output_dir>/checkpoint-N``. Nothing of
-ours is pickled.
+``manifest.json``, syncs them, and renames the folder to ``<output_dir>/checkpoint-N``.
+
+Trust. Files of ours are JSON and safetensors, never pickles. transformers loads its own
+(``optimizer.pt``, ``scheduler.pt``, ``rng_state*.pth``) with ``weights_only=True`` and never loads
+``training_args.bin``; the folders of DCP (FSDP2) and DeepSpeed hold pickles that run code when
+they are loaded. Nothing is loaded before the manifest matches: every listed file has its size and
+hash, and no file that a loader would open was added. That finds damage, mixed-up files and partial
+copies. It is no signature: who can write to the folder can write the manifest, too. Resume only
+from folders that only you and those you trust can write to.
 """
 
+import errno
 import json
 import logging
 import os
@@ -39,6 +47,22 @@ REFERENCE_FILE = "reference.json"
 REFERENCE_STATE = "reference.safetensors"
 _STAGING, _REPLACED = ".staging-", ".replaced-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_WRITE_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOENT,
+}
+# what torch.save's C++ writer says when the disk is full
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "iostream error")
+# what a loader of transformers, PEFT, DCP or DeepSpeed opens, finds others by, or runs
+_LOADED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".distcp", ".py"}
+_LOADED_NAMES = {".metadata", "latest"}
 
 __all__ = [
     "CheckpointError",
@@ -89,6 +113,10 @@ def stage_checkpoint(
     Leaving with an exception leaves no checkpoint and removes the stage. A checkpoint of the same
     step that is there already is replaced.
 
+    Raises:
+        OSError: the files cannot be written (full disk, quota, permissions); older checkpoints are
+            untouched.
+
     Args:
         output_dir: the run's folder, on storage that all ranks share.
         step: N.
@@ -98,19 +126,47 @@ def stage_checkpoint(
     run = Path(output_dir).absolute()
     stage_dir = run / f"{_STAGING}checkpoint-{step}"
     stage = Stage(stage_dir, stage_dir / f"checkpoint-{step}", run / f"checkpoint-{step}")
-    if is_main:
-        clean_stages(run)
-        stage.folder.mkdir(parents=True)
-    barrier()
     try:
+        if is_main:
+            clean_stages(run)
+            stage.folder.mkdir(parents=True)
+        barrier()
         yield stage
         barrier()
         if is_main:
             _commit(stage)
         barrier()
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise _cannot_write(stage, error) from error
     finally:
         if is_main:
             shutil.rmtree(stage_dir, ignore_errors=True)
+
+
+def is_write_error(error: Exception) -> bool:
+    """Whether a file could not be written; safetensors and torch.save have errors of their own."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError):
+        return error.errno in _WRITE_ERRORS
+    if isinstance(error, SafetensorError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _TORCH_SAVE)
+
+
+def _cannot_write(stage: Stage, error: Exception) -> OSError:
+    usage = shutil.disk_usage(stage.final.parent)
+    written = sum(path.stat().st_size for path in all_files(stage.run_dir))
+    number = error.errno if isinstance(error, OSError) else None
+    return OSError(
+        number or errno.EIO,
+        f"{stage.final} could not be written: {error}. {usage.free / 2**20:,.0f} MiB were free "
+        f"after {written / 2**20:,.0f} MiB of it. Older checkpoints are untouched. Make room, or "
+        "set save_total_limit, save_only_model or another output_dir, and start again with "
+        "resume_from_checkpoint=True",
+    )
 
 
 def _commit(stage: Stage) -> None:
@@ -144,20 +200,26 @@ def write_manifest(folder: StrPath) -> None:
 
 
 def verify_checkpoint(folder: StrPath, *, hashes: bool = True) -> None:
-    """Raise unless ``folder`` holds exactly what its manifest lists.
+    """Raise unless ``folder`` holds what its manifest lists, and nothing else that is loaded.
 
-    Files that were added later are none of our business (and are ignored).
+    Notes, plots and the like may be added; weights, pickles and code may not.
 
     Args:
         hashes: also read and hash every file (about 2 GB/s a core); else sizes only.
 
     Raises:
-        CheckpointError: the manifest is missing or unreadable, or a file is missing, has another
-        size
-            or another hash; names it.
+        CheckpointError: the manifest is missing or unreadable; a file is missing, has another size
+            or another hash, or was added; names it.
     """
     root = Path(folder)
     files = _read_manifest(root)
+    for path in all_files(root):
+        name = path.relative_to(root).as_posix()
+        if name not in files and (path.suffix in _LOADED_SUFFIXES or path.name in _LOADED_NAMES):
+            raise CheckpointError(
+                f"{root}: {name} is not in {MANIFEST}: it was added after the checkpoint was "
+                "written, and would be loaded with it. Move it out of the folder"
+            )
     for name, expected in files.items():
         path = root / name
         if not path.is_file():

@@ -44,11 +44,18 @@ def reported(command: str) -> Iterator[Outcome]:
     except UsageError as error:
         _say(command, f"error: {error}")
         outcome.code = 2
-    except _EXPLAINED as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1" or not _is_ours(error.__traceback__):
+    except Exception as error:
+        shown = os.environ.get(TRACEBACK_VARIABLE) == "1"
+        if shown or not _is_explained(error) or not _is_ours(error.__traceback__):
             raise
         _say(command, f"error: {error}\n({TRACEBACK_VARIABLE}=1 shows where it was raised)")
         outcome.code = 1
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message was written for the user: by type, or a type of dpo_fast itself."""
+    own = type(error).__module__.partition(".")[0] == "dpo_fast"
+    return own or isinstance(error, _EXPLAINED)
 
 
 def _is_ours(trace: TracebackType | None) -> bool:

@@ -70,7 +70,9 @@ def save(trainer: "Trainer") -> None:
 
 
 def resume_from(given: Any) -> str | bool | None:
-    """``--resume_from_checkpoint``: true (the newest complete one), a folder, or nothing."""
+    """``--resume_from_checkpoint``: true (the newest complete one), auto (that one if there
+    is one), a folder, or nothing.
+    """
     if given is None or given is False or str(given).lower() in ("false", "no", "none"):
         return None
     return True if str(given).lower() in ("true", "yes") else str(given)

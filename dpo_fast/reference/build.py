@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpo_fast.ranks import all_ranks
 from dpo_fast.reference.adapter import AdapterReference
 from dpo_fast.reference.choose import ReferencePlan
 from dpo_fast.reference.ema import EmaReference
@@ -75,7 +76,7 @@ def build_reference(
     reference: Reference
     if plan.name == "precomputed":
         source = _source(plan, args, policy, ref_model, scoring)
-        how = Precompute(collator, _batch_size(args), device, *_ranks())
+        how = Precompute(collator, _batch_size(args), device, all_ranks())
         reference = PrecomputedReference(source, how, scoring, args.ref_cache_dir)
     elif plan.name == "ema":
         base = _standing(plan, policy, ref_model, scoring, device, fresh=False)
@@ -130,12 +131,6 @@ def _source(
 
 def _batch_size(args: Any) -> int:
     return args.precompute_ref_batch_size or args.per_device_train_batch_size
-
-
-def _ranks() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def _suggestion(

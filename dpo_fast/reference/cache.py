@@ -3,8 +3,9 @@
 A key stands for everything that changes the values of a row (reference, precision, truncation); the
 rows in it are found by the digest of their token ids. So a dataset that grew, was shuffled or split
 anew finds the rows it shares. Nothing is ever changed in place: a part is written aside, synced and
-renamed to the SHA-256 of its bytes. A kill at any moment leaves whole parts; two jobs on one key
-need no lock, at worst they compute the same rows twice.
+renamed to the SHA-256 of its bytes. A kill at any moment leaves whole parts. Jobs on one key may
+compute a row twice; it is stored once, by the one that first has the folder's lock (``flock``,
+which dies with its holder).
 
 Layout::
 
@@ -30,6 +31,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from dpo_fast.files import remove_stale_temporaries, write_atomic
+from dpo_fast.lock import folder_lock
 from dpo_fast.reference.fingerprint import digest_of
 
 FORMAT = 1
@@ -56,6 +58,7 @@ class LogpsCache:
         self.identity = {"format": FORMAT, **identity}
         self.key = digest_of(self.identity)[:32]
         self.folder = Path(root).expanduser().absolute() / self.key
+        self._tidied = False
         self._seen: set[str] = set()
         self._rows: dict[bytes, np.ndarray] = {}
 
@@ -99,15 +102,40 @@ class LogpsCache:
                 values[i], found[i] = row, True
         return values, found
 
-    def write(self, digests: np.ndarray, values: np.ndarray) -> Path:
+    def write(self, digests: np.ndarray, values: np.ndarray) -> Path | None:
         """Store rows as one part, durable when this returns.
+
+        Rows that another job has stored in the meantime keep its values, so that a row has one
+        value for everybody and for ever.
 
         Args:
             digests: ``[n, 16]`` uint8. values: ``[n, 4]`` float64, finite.
+
+        Returns:
+            The part; None if all rows were there already.
+
+        Raises:
+            OSError: the part cannot be written (full disk); what is stored stays valid.
+            CacheError: as :meth:`refresh`.
         """
         assert digests.shape == (len(values), DIGEST_BYTES) and digests.dtype == np.uint8
         assert values.shape[1:] == (NUM_VALUES,) and values.dtype == np.float64
-        self._ensure_folder()
+        try:
+            self._ensure_folder()
+            with folder_lock(self.folder):
+                self.refresh()
+                new = ~self.has(digests)
+                return self._write_part(digests[new], values[new]) if new.any() else None
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The cache of reference log-probs in {self.folder} cannot be written "
+                f"({error.strerror or error}). The {len(self)} rows that are stored there stay "
+                "valid: make room or choose another ref_cache_dir, and run the same command again; "
+                "it goes on from them",
+            ) from error
+
+    def _write_part(self, digests: np.ndarray, values: np.ndarray) -> Path:
         tensors = {"digests": np.ascontiguousarray(digests), "values": np.ascontiguousarray(values)}
         data = save_safetensors(tensors, metadata={"key": self.key, "format": str(FORMAT)})
         path = self.folder / f"part-{hashlib.sha256(data).hexdigest()}.safetensors"
@@ -116,10 +144,20 @@ class LogpsCache:
         self._take(digests, values)
         return path
 
+    def adopt(self, digests: np.ndarray, values: np.ndarray, *, store: bool) -> None:
+        """Take rows that another rank computed and that are not on this machine's disk."""
+        new = ~self.has(digests)
+        if store and new.any():
+            self.write(digests[new], values[new])
+        else:
+            self._take(digests, values)
+
     def _ensure_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MANIFEST).exists():
+        if not self._tidied:
             remove_stale_temporaries(self.folder)
+            self._tidied = True
+        if not (self.folder / MANIFEST).exists():
             text = json.dumps(self.identity, indent=2, sort_keys=True)
             write_atomic(self.folder / MANIFEST, text.encode())
 
@@ -162,7 +200,7 @@ class LogpsCache:
 
     def _take(self, digests: np.ndarray, values: np.ndarray) -> None:
         for digest, row in zip(digests, values, strict=True):
-            # a row that two jobs have computed counts as it was read first
+            # stored twice only where the file system has no locks: counts as it was read first
             self._rows.setdefault(digest.tobytes(), row)
 
     def _refusal(self, path: Path, what: str) -> CacheError:

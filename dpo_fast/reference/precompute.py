@@ -1,4 +1,4 @@
-"""The loop that fills the cache: rows by length, in parts that survive a kill.
+"""The loop that fills the cache: rows by length, shared by ranks, in parts that survive a kill.
 
 P pairs, S = 2P sequences, N scored tokens.
 """
@@ -7,8 +7,8 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dpo_fast.batch import TokenPlan
 from dpo_fast.functional.segments import segment_sum
+from dpo_fast.out_of_memory import OutOfMemory, is_out_of_memory
+from dpo_fast.ranks import Ranks
 from dpo_fast.reference.cache import NUM_VALUES, LogpsCache
 from dpo_fast.reference.progress import Progress
 from dpo_fast.reference.rng import preserve_rng
@@ -40,17 +42,15 @@ class Precompute:
         collator: rows to a batch (``PlannedCollator``).
         batch_size: pairs a forward.
         device: where the reference is.
-        rank, world_size: every rank computes every ``world_size``-th batch.
+        ranks: who share the work.
         part_rows, part_seconds: a part is written when it has so many rows or is so old; a kill
-        loses
-            at most that.
+            loses at most that, on each rank.
     """
 
     collator: Callable[[list[dict[str, Any]]], Mapping[str, Any]]
     batch_size: int
     device: torch.device
-    rank: int = 0
-    world_size: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
     part_rows: int = PART_ROWS
     part_seconds: float = PART_SECONDS
 
@@ -74,6 +74,34 @@ def plan_batches(keys: RowKeys, batch_size: int) -> list[np.ndarray]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+def shares(tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """The batches of each rank: one after the other to the rank that has the fewest tokens yet.
+
+    Longest first, two ranks differ by at most one batch. All ranks get the same answer from the
+    same ``tokens``.
+    """
+    load = [0] * num_ranks
+    out: list[list[int]] = [[] for _ in range(num_ranks)]
+    for batch, count in enumerate(tokens):
+        rank = load.index(min(load))
+        out[rank].append(batch)
+        load[rank] += count
+    return out
+
+
+def share_of_missing(keys: RowKeys, cache: LogpsCache, how: Precompute) -> list[np.ndarray]:
+    """Row numbers of the forwards that are this rank's; a row that any rank lacks is missing.
+
+    What is missing is shared anew in every run, whoever computed the rest: after a kill any number
+    of ranks goes on. Batches stay what they would have been, so the values are the same to the bit.
+    """
+    missing = how.ranks.any(~cache.has(keys.digests))
+    planned = plan_batches(keys, how.batch_size)
+    todo = [rows for batch in planned if len(rows := batch[missing[batch]])]
+    tokens = [2 * len(rows) * int(keys.lengths[rows].max()) for rows in todo]
+    return [todo[i] for i in shares(tokens, how.ranks.size)[how.ranks.rank]]
+
+
 def compute_missing(
     reference: ScoredReference,
     dataset: "Dataset",
@@ -81,35 +109,37 @@ def compute_missing(
     cache: LogpsCache,
     how: Precompute,
     name: str,
+    todo: Sequence[np.ndarray],
 ) -> int:
-    """Compute this rank's share of the rows of ``dataset`` that ``cache`` lacks; return how many.
+    """Compute the rows ``todo`` of ``dataset`` that ``cache`` lacks; return how many.
 
     The global random generators stay as they were. Interrupted, it stores what is done.
 
+    Args:
+        todo: row numbers of each forward (:func:`share_of_missing`).
+
     Raises:
         ValueError: a log-prob is NaN or infinite; names the row.
+        OSError: the cache cannot be written any more; says what is kept.
         KeyboardInterrupt: with the way to go on in the message.
     """
-    batches = plan_batches(keys, how.batch_size)[how.rank :: how.world_size]
-    found = cache.has(keys.digests)
-    todo = [rows for batch in batches if len(rows := batch[~found[batch]])]
     total = sum(len(rows) for rows in todo)
     if not total:
         return 0
     if cache.is_being_filled():
         # jobs of one sweep, started together: each in an order of its own, seeing what others did
-        random.Random(os.getpid()).shuffle(todo)
+        todo = random.Random(os.getpid()).sample(todo, len(todo))
     plain = dataset.with_format(None)
     part = _Part(cache, keys, how)
     try:
-        with preserve_rng(), Progress(total, name, show=how.rank == 0) as progress:
+        with preserve_rng(), Progress(total, name, show=how.ranks.rank == 0) as progress:
             for planned in todo:
                 rows = planned[~cache.has(keys.digests[planned])]
                 if not len(rows):
                     progress.advance(len(planned), 0)
                     continue
                 batch = how.collator([plain[int(i)] for i in rows])
-                values = pair_sums(reference, _to_device(batch, how.device))
+                values = _scored(reference, batch, how)
                 part.add(rows, values)
                 progress.advance(len(rows), int(batch["attention_mask"].sum()))
             part.write()
@@ -120,6 +150,30 @@ def compute_missing(
             f"{cache.folder}. Run the same command again: it goes on from there."
         ) from None
     return part.written
+
+
+def _scored(reference: ScoredReference, batch: Mapping[str, Any], how: Precompute) -> Tensor:
+    """:func:`pair_sums` on the device.
+
+    Raises:
+        OutOfMemory: with the smaller batch that would do.
+    """
+    try:
+        return pair_sums(reference, _to_device(batch, how.device))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        pairs = len(batch["seq_lens"]) // 2
+        smaller = (
+            f"set precompute_ref_batch_size={max(pairs // 2, 1)}"
+            if pairs > 1
+            else "one pair alone is too long: set lm_head_workspace or a smaller max_length"
+        )
+        raise OutOfMemory(
+            f"{error}\nOut of memory in a reference forward of {pairs} pairs, "
+            f"{batch['executed_tokens']:,} positions: {smaller}. The longest batches come first: "
+            "what is stored is kept, and later ones are smaller."
+        ) from error
 
 
 def pair_sums(reference: ScoredReference, batch: Mapping[str, Any]) -> Tensor:

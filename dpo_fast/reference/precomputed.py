@@ -3,6 +3,7 @@
 P pairs, S = 2P sequences (all chosen first, then all rejected).
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dpo_fast.faults import reasons_shared
 from dpo_fast.files import probe_writable
 from dpo_fast.models import Head
 from dpo_fast.reference.cache import LogpsCache, default_root
 from dpo_fast.reference.fingerprint import digest_of
-from dpo_fast.reference.precompute import Precompute, compute_missing
+from dpo_fast.reference.precompute import Precompute, compute_missing, share_of_missing
 from dpo_fast.reference.protocol import Batch
 from dpo_fast.reference.rows import REF_COLUMNS, RowKeys, row_keys, truncation_of
 from dpo_fast.reference.scored import Scoring
@@ -95,7 +97,8 @@ class PrecomputedReference:
             dataset = dataset.remove_columns(present)
         keys = row_keys(dataset, self.how.collator)
         cache = self.cache()
-        values = self._values(dataset, keys, cache, name)
+        with reasons_shared():
+            values = self._values(dataset, keys, cache, name)
         alpha = 1.0 if self.scoring.ld_alpha is None else self.scoring.ld_alpha
         for i, column in enumerate(REF_COLUMNS):
             sums = (values[:, 2 * i] + alpha * values[:, 2 * i + 1]).astype(np.float32)
@@ -107,31 +110,53 @@ class PrecomputedReference:
         self, dataset: "Dataset", keys: RowKeys, cache: LogpsCache, name: str
     ) -> np.ndarray:
         cache.refresh()
-        values, found = cache.lookup(keys.digests)
-        if found.all():
-            logger.info(
-                "%s: reference log-probs of %d pairs found in %s", name, len(found), cache.folder
-            )
+        ranks = self.how.ranks
+        self._refuse_different_ranks(keys, cache, name)
+        missing = int(ranks.any(~cache.has(keys.digests)).sum())
+        if not missing:
+            log = "%s: reference log-probs of %d pairs found in %s"
+            logger.info(log, name, len(keys.digests), cache.folder)
         else:
-            missing = int((~found).sum())
             logger.info("%s: computing reference log-probs of %d pairs", name, missing)
             probe_writable(cache.folder, "reference cache")
+            todo = share_of_missing(keys, cache, self.how)
             with self.source.opened(self.how.device) as reference:
-                self.computed += compute_missing(reference, dataset, keys, cache, self.how, name)
-                if self.how.world_size > 1:
-                    torch.distributed.barrier()
-                    cache.refresh()
-                    # ranks whose folder is another machine's compute what they cannot see
-                    alone = self._alone()
-                    self.computed += compute_missing(reference, dataset, keys, cache, alone, name)
-            values, found = cache.lookup(keys.digests)
+                self.computed += compute_missing(
+                    reference, dataset, keys, cache, self.how, name, todo
+                )
+            self._exchange(keys, cache, todo)
+        values, found = cache.lookup(keys.digests)
         assert found.all()
         return values
 
-    def _alone(self) -> Precompute:
-        from dataclasses import replace
+    def _refuse_different_ranks(self, keys: RowKeys, cache: LogpsCache, name: str) -> None:
+        """Raise ValueError unless all ranks are about to score the same rows the same way."""
+        mine = cache.key, hashlib.sha256(keys.digests.tobytes()).hexdigest()
+        for rank, (key, rows) in enumerate(self.how.ranks.gather(mine)):
+            if (key, rows) != mine:
+                what = (
+                    "the reference or its settings" if key != mine[0] else f"the rows of {name!r}"
+                )
+                raise ValueError(
+                    f"reference='precomputed': {what} differ between rank {rank} and rank "
+                    f"{self.how.ranks.rank}. Give every rank the same model, arguments and dataset "
+                    "in the same order (ranks get different pairs by themselves)."
+                )
 
-        return replace(self.how, rank=0, world_size=1)
+    def _exchange(self, keys: RowKeys, cache: LogpsCache, todo: list[np.ndarray]) -> None:
+        """Wait for all ranks, read what they stored; what is on another machine's disk is sent."""
+        ranks = self.how.ranks
+        if ranks.size == 1:
+            return
+        ranks.barrier()
+        cache.refresh()
+        lacking = ranks.any(~cache.has(keys.digests))
+        if not lacking.any():
+            return
+        own = np.concatenate(todo) if todo else np.zeros(0, dtype=np.int64)
+        sent = keys.digests[own[lacking[own]]]
+        for digests, values in ranks.gather((sent, cache.lookup(sent)[0])):
+            cache.adopt(digests, values, store=ranks.is_local_main)
 
     def release(self) -> None:
         """Training begins: the reference leaves the accelerator, and the policy is no longer it."""

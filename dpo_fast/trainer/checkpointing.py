@@ -18,7 +18,9 @@ from dpo_fast.checkpoint import (
     stage_checkpoint,
     verify_checkpoint,
 )
+from dpo_fast.faults import reasons_shared
 from dpo_fast.model_card import write_model_card
+from dpo_fast.ranks import all_ranks
 
 logger = logging.getLogger("dpo_fast")
 
@@ -36,36 +38,70 @@ class CheckpointingMixin:
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """As in transformers; ``True`` takes the newest complete checkpoint and says what it passed
-        over.
+        over; ``"auto"`` does, too, and starts anew where there is none.
 
         Raises:
             ValueError: there is no complete checkpoint.
             CheckpointError: the given one is damaged, or was trained against another reference.
+            RankError: another rank failed; with its reason.
         """
-        path = self._complete_checkpoint(resume_from_checkpoint)
-        if path is not None:
-            load_reference_state(path, self.reference)
-            self._metrics.total_tokens = _tokens_so_far(path)  # type: ignore[attr-defined]
-        self._perf.restart()  # type: ignore[attr-defined]
-        return super().train(path, *args, **kwargs)  # type: ignore[misc]
+        with reasons_shared():
+            path = self._agreed_checkpoint(resume_from_checkpoint)
+            if path is not None:
+                load_reference_state(path, self.reference)
+                self._metrics.total_tokens = _tokens_so_far(path)  # type: ignore[attr-defined]
+            self._perf.restart()  # type: ignore[attr-defined]
+            return super().train(path, *args, **kwargs)  # type: ignore[misc]
+
+    def _agreed_checkpoint(self, asked: str | os.PathLike[str] | bool | None) -> str | None:
+        """The checkpoint to go on from: rank 0 finds and checks it, once for all."""
+        ranks = all_ranks()
+        found: tuple[str | None, ValueError | None] = (None, None)
+        if ranks.rank == 0:
+            try:
+                found = self._complete_checkpoint(asked), None
+            except ValueError as error:
+                found = None, error
+        path, refusal = ranks.broadcast(found)
+        if refusal is not None:
+            raise refusal
+        return path
 
     def _complete_checkpoint(self, asked: str | os.PathLike[str] | bool | None) -> str | None:
         if asked is None or asked is False:
             return None
-        if asked is not True:
+        if asked is not True and asked != "auto":
             verify_checkpoint(str(asked))
             return str(asked)
         path, skipped = newest_complete_checkpoint(self.args.output_dir)
         for one in skipped:
             logger.warning("Checkpoint passed over: %s.", one.reason)
+        if path is None and asked == "auto":
+            logger.info("No complete checkpoint in %r: starting anew.", self.args.output_dir)
+            return None
         if path is None:
             raise ValueError(
                 f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete "
-                "checkpoint: give a folder, "
-                "or start without it."
+                "checkpoint: give a folder, start without it, or set 'auto' to go on where there "
+                "is one."
             )
         logger.info("Resuming from %s.", path)
         return str(path)
+
+    def _load_best_model(self) -> None:
+        """At the end of training, where ``load_best_model_at_end`` asks for it; checked first."""
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            refusal: str | None = None
+            if self.is_world_process_zero():  # type: ignore[attr-defined]
+                try:
+                    verify_checkpoint(best)
+                except CheckpointError as error:
+                    refusal = str(error)
+            refusal = all_ranks().broadcast(refusal)
+            if refusal is not None:
+                raise CheckpointError(refusal)
+        super()._load_best_model()  # type: ignore[misc]
 
     def _get_output_dir(self, trial: Any) -> str:
         """While a checkpoint is written, its stage stands in for the run's folder."""

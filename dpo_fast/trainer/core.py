@@ -23,6 +23,7 @@ from dpo_fast.trainer.datasets import DatasetsMixin
 from dpo_fast.trainer.layouts import LayoutsMixin
 from dpo_fast.trainer.logs import LogsMixin
 from dpo_fast.trainer.objective import Objective
+from dpo_fast.trainer.oom import OutOfMemoryMixin
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -55,7 +56,14 @@ REMOVED_ARGUMENTS = {
 }
 
 
-class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer):
+class Trainer(
+    LayoutsMixin,
+    DatasetsMixin,
+    LogsMixin,
+    CheckpointingMixin,
+    OutOfMemoryMixin,
+    transformers.Trainer,
+):
     """Direct Preference Optimization (arXiv 2305.18290) with the arguments of TRL's ``DPOTrainer``.
 
     Args:

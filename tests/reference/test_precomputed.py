@@ -16,7 +16,7 @@ from dpo_fast.reference import precomputed as precomputed_module
 from dpo_fast.reference.adapter import AdapterReference
 from dpo_fast.reference.cache import CacheError
 from dpo_fast.reference.frozen import FrozenReference
-from dpo_fast.reference.precompute import Precompute, plan_batches
+from dpo_fast.reference.precompute import Precompute, plan_batches, shares
 from dpo_fast.reference.precomputed import PrecomputedReference
 from dpo_fast.reference.rows import row_keys
 from dpo_fast.reference.scored import ScoredReference, Scoring
@@ -122,7 +122,6 @@ HITS: dict[str, Callable[[Path], PrecomputedReference]] = {
     "ld_alpha": lambda p: of_policy(p, scoring=Scoring(ld_alpha=0.3)),
     "padding": lambda p: of_policy(p, collator=collator(14, pad_to_multiple_of=8)),
     "part size": lambda p: of_policy(p, part_rows=3),
-    "world size": lambda p: of_policy(p, world_size=1, rank=0),
     "attention": lambda p: of_policy(p, tiny_model(attn_implementation="eager")),
     "dropout": lambda p: of_policy(p, tiny_model(attention_dropout=0.3)),
     "train mode": lambda p: of_policy(p, tiny_model().train()),
@@ -304,25 +303,15 @@ def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(
     assert again.computed == ROWS - 12 and (values == whole).all()
 
 
-def test_ranks_share_the_work(tmp_path: Path, forwards: list[int], monkeypatch: Any) -> None:
-    """Two ranks, one after the other: each computes its batches; the second finds the first's."""
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    whole = columns(of_policy(tmp_path / "whole").attach(dataset()))
-    forwards.clear()
-    from dpo_fast.reference.precompute import compute_missing
-
-    for rank, rows in ((0, 12), (1, 11)):
-        reference = of_policy(tmp_path / "shared", rank=rank, world_size=2)
-        keys, cache = row_keys(dataset(), reference.how.collator), reference.cache()
-        cache.refresh()
-        with reference.source.opened(CPU) as scored:
-            done = compute_missing(scored, dataset(), keys, cache, reference.how, "train")
-        assert done == rows
-    assert (columns(of_policy(tmp_path / "shared").attach(dataset())) == whole).all()
-    assert sum(forwards) == ROWS
-    # a rank that sees nothing of the others' (a folder on its own machine) computes it all
-    alone = of_policy(tmp_path / "node", rank=1, world_size=2)
-    assert (columns(alone.attach(dataset())) == whole).all() and alone.computed == ROWS
+def test_shares_differ_by_one_batch_at_most() -> None:
+    tokens = sorted((int(1000 / (1 + i % 37)) for i in range(91)), reverse=True)
+    for num_ranks in (1, 2, 3, 8, 200):
+        split = shares(tokens, num_ranks)
+        assert sorted(batch for share in split for batch in share) == list(range(91))
+        loads = [sum(tokens[batch] for batch in share) for share in split]
+        assert max(loads) - min(loads) <= tokens[0]
+    assert shares([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]]
+    assert shares([], 2) == [[], []]
 
 
 def test_jobs_of_a_sweep_that_start_together_share_the_work(

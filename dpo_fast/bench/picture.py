@@ -57,7 +57,7 @@ def draw(result: Result) -> bytes:
     for panel in grid[panels:]:
         panel.set_visible(False)
     _title(figure, result)
-    _legend(figure, result)
+    _legend(figure, result, per_line=2 * columns)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
@@ -203,7 +203,7 @@ def _title(figure: Any, result: Result) -> None:
     )
 
 
-def _legend(figure: Any, result: Result) -> None:
+def _legend(figure: Any, result: Result, per_line: int) -> None:
     """One for all panels, below them."""
     from matplotlib.lines import Line2D
 
@@ -218,10 +218,8 @@ def _legend(figure: Any, result: Result) -> None:
     handles: list[Any] = [
         Line2D([], [], color=color_of(n), marker="o", linewidth=2, label=n) for n in names
     ]
-    handles.append(
-        Line2D([], [], color=INK, linestyle=DASHES, label="limit: measured GEMM or copy rate")
-    )
+    handles.append(Line2D([], [], color=INK, linestyle=DASHES, label="limit (measured rates)"))
+    ncols = min(per_line, len(handles))
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False,
-        labelcolor=INK,
-    )  # fmt: skip
+        handles=handles, loc="outside lower center", ncols=ncols, frameon=False, labelcolor=INK
+    )

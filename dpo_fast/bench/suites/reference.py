@@ -36,7 +36,7 @@ def _case(strategy: str, settings: Settings) -> Case:
     def build() -> Contest:
         rows = make_rows(LENGTHS["2:1"], pairs, shape.vocab)
         if strategy == "precomputed":
-            rows = with_reference(rows, shape)
+            rows = with_reference(rows, shape, device)
 
         def prepare(name: str) -> Callable[[], Step]:
             return lambda: make_step(strategy, name, shape, rows, device, dtype)
@@ -47,7 +47,7 @@ def _case(strategy: str, settings: Settings) -> Case:
             flop *= (forwards + 1) / (forwards + 2)
         return Contest(
             [Variant(name, prepare(name)) for name in VARIANTS],
-            training_gate(gold_loop(strategy, shape), rows, dtype),
+            training_gate(gold_loop(strategy, shape, device), rows, dtype),
             flop=flop,
             dtype=dtype,
             notes={

@@ -40,9 +40,9 @@ def fill_adapter(policy: nn.Module) -> None:
             parameter.copy_(values.to(parameter))
 
 
-def gold_loop(strategy: str, shape: ModelShape) -> NaiveLoop:
+def gold_loop(strategy: str, shape: ModelShape, device: str) -> NaiveLoop:
     """The loop by hand on float64 models."""
-    return naive_loop(strategy, shape, "cpu", torch.float64)
+    return naive_loop(strategy, shape, device, torch.float64)
 
 
 def naive_loop(strategy: str, shape: ModelShape, device: str, dtype: torch.dtype) -> NaiveLoop:
@@ -71,13 +71,14 @@ def columns(batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def with_reference(rows: list[Row], shape: ModelShape) -> list[Any]:
+def with_reference(rows: list[Row], shape: ModelShape, device: str) -> list[Any]:
     """The rows with the reference's log-probs, from float64."""
-    _, ref = models(shape, "cpu", torch.float64)
+    _, ref = models(shape, device, torch.float64)
     loop = NaiveLoop(ref, ref)
     out = []
     for row in rows:
-        values = loop.logps(ref, loop.collator([row])).tolist()
+        batch = {k: v.to(device) for k, v in loop.collator([row]).items()}
+        values = loop.logps(ref, batch).tolist()
         out.append({**row, **dict(zip(REF_COLUMNS, values, strict=True))})
     return out
 

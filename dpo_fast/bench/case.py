@@ -37,6 +37,7 @@ class Contest:
         gate: judges the outputs of all variants.
         flop, moved: FLOPs and bytes that no implementation can do without: the physical limit.
         dtype: of the GEMMs that the limit counts.
+        eager: the variant whose errors say what the dtype gives; it goes first.
         notes: facts for the report (numbers of tokens, settings).
     """
 
@@ -45,6 +46,7 @@ class Contest:
     flop: float = 0.0
     moved: float = 0.0
     dtype: torch.dtype = torch.float32
+    eager: str = "naive"
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 
 from dpo_fast.bench.case import Contest, LeftOut, Step, Variant
-from dpo_fast.bench.gate import Gate
 from dpo_fast.bench.memory import give_back, peak_extra
 from dpo_fast.bench.timing import median_ratio, quartiles, take_turns
 from dpo_fast.integrations.interface import InterfaceChanged
 
 Row = dict[str, Any]
 
-OURS, EAGER = "dpo_fast", "naive"
+OURS = "dpo_fast"
 
 
 def compare(contest: Contest, rounds: int, device: str) -> dict[str, Row]:
@@ -23,8 +22,8 @@ def compare(contest: Contest, rounds: int, device: str) -> dict[str, Row]:
     """
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
-    for variant in sorted(contest.variants, key=lambda v: v.name != EAGER):
-        row, step = _admit(variant, contest.gate, device)
+    for variant in sorted(contest.variants, key=lambda v: v.name != contest.eager):
+        row, step = _admit(variant, contest, device)
         rows[variant.name] = row
         if step is not None:
             steps[variant.name] = step
@@ -37,12 +36,13 @@ def compare(contest: Contest, rounds: int, device: str) -> dict[str, Row]:
     return {v.name: rows[v.name] for v in contest.variants}
 
 
-def _admit(variant: Variant, gate: Gate, device: str) -> tuple[Row, Step | None]:
+def _admit(variant: Variant, contest: Contest, device: str) -> tuple[Row, Step | None]:
     """The row so far, and the step if it may be timed."""
+    gate = contest.gate
     try:
         step = variant.prepare()
         errors = gate.measure(step())
-        if variant.name == EAGER:
+        if variant.name == contest.eager:
             gate.calibrate(errors)
         row: Row = {"errors": errors}
         refusal = gate.refusal(errors)

@@ -95,7 +95,7 @@ def ours(rounding: str, backend: str = "auto") -> Maker:
 
 def makers(dtype: torch.dtype, backends: tuple[str, ...], shadows: bool) -> dict[str, Maker]:
     """What is compared in a dtype; "dpo_fast" is what the trainer does by default there."""
-    found: dict[str, Maker] = {"naive": trl_loop, "torch._foreach_lerp_": foreach_lerp}
+    found: dict[str, Maker] = {"TRL's loop": trl_loop, "torch._foreach_lerp_": foreach_lerp}
     for backend in backends:
         tail = "" if backend == backends[0] else f" {backend}"
         if dtype == torch.float32:

@@ -20,6 +20,7 @@ COLORS = {
     "naive": "#dc2626",
     "TRL 0.24 style": "#a16207",
     "TRL": "#ea580c",
+    "TRL's loop": "#ea580c",
     "Liger": "#9333ea",
     "cut-cross-entropy": "#0891b2",
     "torch.compile": "#64748b",

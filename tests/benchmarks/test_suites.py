@@ -25,7 +25,7 @@ RUN = {
     "layout": ("pairs 1", {"naive", "dpo_fast", "dpo_fast packed", "dpo_fast shared_prefix"}),
     "train_step": ("pairs = 1", {"naive", "dpo_fast", "dpo_fast shared_prefix"}),
     "reference": ("", {"naive", "dpo_fast", "dpo_fast shared_prefix"}),
-    "ema": ("", {"naive", "torch._foreach_lerp_", "dpo_fast"}),
+    "ema": ("", {"TRL's loop", "torch._foreach_lerp_", "dpo_fast"}),
     "precompute": ("pairs = 4", {"naive", "dpo_fast", "dpo_fast, found in the cache"}),
 }
 

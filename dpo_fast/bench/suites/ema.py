@@ -63,6 +63,7 @@ def _builder(
             variants,
             _gate(found, dtype, device),
             moved=3.0 * size,
+            eager="TRL's loop",
             notes={"alpha": ALPHA, "GB of parameters": size / 1e9},
         )
 
@@ -88,7 +89,7 @@ def _variant(name: str, make: Maker, w: Weights) -> Variant:
 
 
 def _moved(name: str, w: Weights) -> int:
-    passes = {"naive": 5}.get(name, 3)
+    passes = {"TRL's loop": 5}.get(name, 3)
     size = passes * w.dtype.itemsize * w.numel
     return size + 6 * w.numel if "shadow" in name else size
 

@@ -37,6 +37,8 @@ class Contest:
         gate: judges the outputs of all variants.
         flop, moved: FLOPs and bytes that no implementation can do without: the physical limit.
         dtype: of the GEMMs that the limit counts.
+        yardsticks: variants that do nothing but move bytes (their ``work``); the best rate that one
+            of them reached raises the ceiling.
         eager: the variant whose errors say what the dtype gives; it goes first.
         notes: facts for the report (numbers of tokens, settings).
     """
@@ -46,6 +48,7 @@ class Contest:
     flop: float = 0.0
     moved: float = 0.0
     dtype: torch.dtype = torch.float32
+    yardsticks: tuple[str, ...] = ()
     eager: str = "naive"
     notes: Mapping[str, Any] = field(default_factory=dict)
 

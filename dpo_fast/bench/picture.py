@@ -105,9 +105,13 @@ def bars(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:
         value = row["seconds"] * 1e3
         axes.barh(i, value, color=color_of(variant), height=0.62)
         rate = f", {row['work'] / row['seconds'] / 1e9:.1f} GB/s" if "work" in row else ""
-        axes.text(value, i, f"  {number(value)} ms{rate}", va="center", color=INK, fontsize=9)
+        text = axes.annotate(
+            f"{number(value)} ms{rate}", (value, i), (6, 0), textcoords="offset points",
+            va="center", color=INK, fontsize=9, zorder=5,
+        )  # fmt: skip
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.0})
     dress(axes, name)
-    axes.set_yticks(range(len(rows)), [textwrap.fill(n, 18) for n in rows])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(n, 22, break_long_words=False) for n in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.45e3 * max((r["seconds"] for r in rows.values()), default=1.0))

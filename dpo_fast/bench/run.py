@@ -120,8 +120,14 @@ def run_case(case: Case, settings: Settings, ceilings: dict[torch.dtype, Ceiling
     contest = case.build()
     if contest.dtype not in ceilings:
         ceilings[contest.dtype] = measure_ceilings(settings.device, contest.dtype, settings.quick)
-    top = ceilings[contest.dtype]
     rows = compare(contest, case.rounds or settings.default_rounds, settings.device)
+    moved = [
+        row["work"] / min(row["all_seconds"])
+        for name, row in rows.items()
+        if name in contest.yardsticks and "seconds" in row
+    ]
+    top = ceilings[contest.dtype]
+    top = top._replace(copy_bytes=max(top.copy_bytes, *moved, 0.0))
     floor = top.seconds(flop=contest.flop, moved=contest.moved)
     found = {
         "axes": dict(case.axes),

@@ -24,6 +24,9 @@ COLORS = {
     "Liger": "#9333ea",
     "cut-cross-entropy": "#0891b2",
     "torch.compile": "#64748b",
+    "torch._foreach_lerp_": "#0d9488",
+    "STREAM triad": "#94a3b8",
+    "STREAM triad, streaming stores": "#64748b",
 }
 OTHERS = ("#059669", "#be123c", "#4f46e5", "#a16207", "#0d9488", "#7c3aed", "#475569", "#b45309")
 OURS = ("#2563eb", "#0ea5e9", "#1e3a8a", "#14b8a6", "#6366f1")

@@ -24,8 +24,14 @@ UPDATES = 200
 # a single rounding is half a unit, a stochastic one a whole; mul_ and add_ round twice
 LIMITS = {"ulp of one update": 1.01, f"share of the gap after {UPDATES}": math.inf}
 HARD = {"ulp of one update": 4.0, f"share of the gap after {UPDATES}": math.inf}
+TRIADS = ("STREAM triad", "STREAM triad, streaming stores")
+ONE_TENSOR = "one tensor"
 MODELS_OF = {
-    ("cpu", False): (("0.25B", torch.float32), ("0.5B", torch.bfloat16)),
+    ("cpu", False): (
+        ("0.25B", torch.float32),
+        ("0.5B", torch.bfloat16),
+        (ONE_TENSOR, torch.float32),  # larger than any cache: mul_ and add_ both go to memory
+    ),
     ("cpu", True): (("tiny", torch.float32), ("tiny", torch.bfloat16)),
     ("cuda", False): (("0.5B", torch.bfloat16), ("8B", torch.bfloat16)),
     ("cuda", True): (("tiny", torch.bfloat16),),
@@ -36,9 +42,10 @@ def cases(settings: Settings) -> list[Case]:
     """One gigabyte in fp32 and in bf16 on a CPU; 0.5B and 8B parameters in bf16 on a GPU."""
     found = []
     for model, dtype in MODELS_OF[settings.device, settings.quick]:
-        shapes = MODELS[model].shapes()
+        shapes = [(241_000, 1024)] if model == ONE_TENSOR else MODELS[model].shapes()
         numel = sum(torch.Size(shape).numel() for shape in shapes)
-        name = f"{model} parameters, {str(dtype).removeprefix('torch.')}"
+        what = ONE_TENSOR if model == ONE_TENSOR else f"{len(shapes)} tensors"
+        name = f"{numel / 1e6:.0f} M parameters in {what}, {str(dtype).removeprefix('torch.')}"
         axes = {"parameters": float(numel), "tensors": float(len(shapes))}
         build = _builder(shapes, dtype, settings)
         found.append(Case(name, axes, build, rounds=settings.rounds or settings.default_rounds * 2))
@@ -63,6 +70,7 @@ def _builder(
             variants,
             _gate(found, dtype, device),
             moved=3.0 * size,
+            yardsticks=TRIADS,
             eager="TRL's loop",
             notes={"alpha": ALPHA, "GB of parameters": size / 1e9},
         )
@@ -116,10 +124,8 @@ def _triads(w: Weights) -> list[Variant]:
         return make
 
     moved = 3.0 * max(16 * 2**20, size)
-    return [
-        Variant("STREAM triad", prepare(False), moved),
-        Variant("STREAM triad, streaming stores", prepare(True), moved),
-    ]
+    modes = zip(TRIADS, (False, True), strict=True)
+    return [Variant(name, prepare(streaming), moved) for name, streaming in modes]
 
 
 def _gate(found: dict[str, Maker], dtype: torch.dtype, device: str) -> Gate:

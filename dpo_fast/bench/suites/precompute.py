@@ -15,10 +15,10 @@ SHAPES = {
     ("cuda", False): ModelShape(896, 24, 14, 151_936),
     ("cuda", True): ModelShape(256, 4, 4, 32_000),
 }
-PAIRS = {("cpu", False): 32, ("cpu", True): 8, ("cuda", False): 512, ("cuda", True): 64}
+PAIRS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 512, ("cuda", True): 64}
 BATCH = {"cpu": 4, "cuda": 16}
-MORE_PAIRS = {False: (0.25, 0.5, 2.0), True: (0.5, 2.0)}
-SHARES = {False: (0.0, 0.25, 0.75), True: (0.0, 0.8)}
+MORE_PAIRS = {False: (0.5, 2.0), True: (0.5, 2.0)}
+SHARES = {False: (0.0, 0.75), True: (0.0, 0.8)}
 BASE_SHARE = 0.5
 
 
@@ -60,4 +60,4 @@ def _case(name: str, pairs: int, share: float, settings: Settings, curves: tuple
         )
 
     axes = {"pairs": float(pairs), "prompt share": prompt / (prompt + answers)}
-    return Case(name, axes, build, curves, settings.rounds or (None if len(curves) > 1 else 3))
+    return Case(name, axes, build, curves, settings.rounds or (5 if len(curves) > 1 else 3))

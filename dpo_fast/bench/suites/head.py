@@ -17,23 +17,24 @@ from dpo_fast.bench.settings import Settings
 ALL = tuple(HEADS)
 # A compiled variant is compiled again at every size: too slow for a quick run.
 ON_CURVES = {
-    False: ("naive", "TRL", "Liger", "torch.compile", "dpo_fast"),
+    False: ("naive", "TRL", "torch.compile", "dpo_fast"),
     True: ("naive", "TRL", "dpo_fast"),
 }
+SETTINGS = ("naive", "TRL", "Liger", "torch.compile", "dpo_fast")
 COMPILED = ("Liger", "cut-cross-entropy", "torch.compile")
 AXES = {"N": "rows", "V": "vocab", "H": "hidden", "prompt share": "prompt_share", "pairs": "pairs"}
 
 BASE = {
-    ("cpu", False): HeadShape(rows=512, vocab=32_000, hidden=512, pairs=4),
+    ("cpu", False): HeadShape(rows=256, vocab=32_000, hidden=384, pairs=4),
     ("cpu", True): HeadShape(rows=64, vocab=4_000, hidden=64, pairs=2),
     ("cuda", False): HeadShape(rows=8192, vocab=128_256, hidden=4096, pairs=16),
     ("cuda", True): HeadShape(rows=1024, vocab=32_000, hidden=1024, pairs=4),
 }
 CURVES: dict[tuple[str, bool], dict[str, tuple[float, ...]]] = {
     ("cpu", False): {
-        "N": (128, 256, 1024),
+        "N": (64, 128, 512),
         "V": (8_000, 16_000, 64_000),
-        "H": (128, 256, 1024),
+        "H": (96, 192, 768),
         "prompt share": (0.0, 0.25, 0.75),
         "pairs": (1, 32),
     },
@@ -73,7 +74,7 @@ def cases(settings: Settings) -> list[Case]:
     ):
         if not settings.quick:
             shape = dataclasses.replace(base, frozen=frozen, online=online)
-            found.append(_case(name, shape, settings, ON_CURVES[False], rounds=5))
+            found.append(_case(name, shape, settings, SETTINGS, rounds=5))
     if settings.device == "cpu":
         shape = dataclasses.replace(base, dtype=torch.bfloat16)
         shape = shape if settings.quick else dataclasses.replace(shape, rows=128, pairs=2)

@@ -47,8 +47,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="dpo_fast against the naive path, TRL, Liger, cut-cross-entropy and "
-        "torch.compile. Cases measured at this commit on this machine are kept, so a long suite "
-        "can be run in several calls.",
+        "torch.compile. Cases that these sources measured on this machine are kept, so a long "
+        "suite can be run in several calls.",
     )
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=", ".join(SUITES))
     parser.add_argument("--device", choices=DEVICES, default="cpu")

@@ -1,5 +1,6 @@
 """The line that says on what a number was measured."""
 
+import hashlib
 import platform
 import subprocess
 from datetime import date
@@ -36,6 +37,22 @@ def package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "absent"
+
+
+def sources() -> str:
+    """Fingerprint of the code that runs: this package and the kernels, their compiled form aside.
+
+    Two results of one fingerprint belong together, whatever was committed in between.
+    """
+    import dpo_fast_kernels
+
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parents[1], Path(dpo_fast_kernels.__file__).parent):
+        for path in sorted(package.rglob("*")):
+            if path.suffix in (".py", ".json", ".cpp"):
+                digest.update(str(path.relative_to(package)).encode())
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _cpu_model() -> str:

@@ -14,7 +14,7 @@ import torch
 from dpo_fast.bench.case import Case
 from dpo_fast.bench.ceilings import Ceilings, measure_ceilings
 from dpo_fast.bench.compare import compare
-from dpo_fast.bench.machine import machine_line
+from dpo_fast.bench.machine import machine_line, sources
 from dpo_fast.bench.memory import give_back
 from dpo_fast.bench.peers import versions
 from dpo_fast.bench.settings import Settings
@@ -40,7 +40,7 @@ def run(
 ) -> list[Path]:
     """Run suites and write ``suite_<name>_<device>.json``, ``.md`` and ``.png`` for each.
 
-    A case that the JSON already holds, measured at the same commit on the same machine, is kept:
+    A case that the JSON already holds, measured by the same sources on the same machine, is kept:
     a long suite can be run in several calls.
 
     Args:
@@ -166,13 +166,15 @@ def _begin(path: Path, name: str, suite: ModuleType, settings: Settings) -> Resu
         "device": settings.device,
         "quick": settings.quick,
         "machine": machine,
+        "sources": sources(),
         "peers": versions(),
         "cases": {},
     }
     if path.exists():
         old = json.loads(path.read_text())
-        same = ("commit", "cpu", "threads", "torch", "gpu")
-        if all(old["machine"].get(key) == machine.get(key) for key in same):
+        same = ("cpu", "threads", "torch", "triton", "gpu")
+        same_machine = all(old["machine"].get(key) == machine.get(key) for key in same)
+        if same_machine and old.get("sources") == result["sources"]:
             result["cases"] = old["cases"]
     return result
 

@@ -81,7 +81,7 @@ def test_a_result_of_other_code_is_not_continued(tmp_path: Path) -> None:
     path = tmp_path / "suite_head_cpu_quick.json"
     run_one("head", tmp_path, only="N = 16")
     old = json.loads(path.read_text())
-    old["machine"]["commit"] = "older"
+    old["sources"] = "older"
     path.write_text(json.dumps(old))
     assert list(run_one("head", tmp_path, only="N = 32")["cases"]) == ["N = 32"]
 

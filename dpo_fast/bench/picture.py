@@ -64,10 +64,14 @@ def draw(result: Result) -> bytes:
 
 
 def main_cases(result: Result) -> list[str]:
-    """Cases drawn as time against memory: those that are on no curve, or on all of them."""
-    cases = result["cases"]
-    axes = set(axes_of(cases))
-    return [n for n, c in cases.items() if not set(c["curves"]) & axes or set(c["curves"]) >= axes]
+    """Cases drawn as time against memory: those on no curve or on all of several; or the last."""
+    cases, axes = result["cases"], set(axes_of(result["cases"]))
+    found = []
+    for name, case in cases.items():
+        on = set(case["curves"]) & axes
+        if not on or (on == axes and len(axes) > 1):
+            found.append(name)
+    return found or list(cases)[-1:]
 
 
 def cloud(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:

@@ -124,11 +124,12 @@ def milliseconds(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, no exponent, whole numbers whole."""
-    if float(value).is_integer() or abs(value) >= 1000:
-        return f"{value:.0f}"
+    """Three significant digits (whole numbers in full), no exponent."""
+    if value == 0:
+        return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{digits}f}"
+    rounded = round(value, digits)
+    return f"{rounded:.0f}" if rounded == round(rounded) else f"{rounded:.{digits}f}"
 
 
 def _plain(value: Any) -> str:

@@ -19,13 +19,13 @@ MODULES = {
     "ema": ema,
     "precompute": precompute,
 }
-# suite -> the cases run here, and the variants that must have a number
+# suite -> the cases run here ("a": adapter and ema), and the variants that must have a number
 RUN = {
-    "head": ("N = ", {"naive", "dpo_fast"}),
+    "head": ("N = 16", {"naive", "dpo_fast"}),
     "layout": ("pairs 1", {"naive", "dpo_fast", "dpo_fast packed", "dpo_fast shared_prefix"}),
     "train_step": ("pairs = 1", {"naive", "dpo_fast", "dpo_fast shared_prefix"}),
-    "reference": ("", {"naive", "dpo_fast", "dpo_fast shared_prefix"}),
-    "ema": ("", {"TRL's loop", "torch._foreach_lerp_", "dpo_fast"}),
+    "reference": ("a", {"naive", "dpo_fast", "dpo_fast shared_prefix"}),
+    "ema": ("bfloat16", {"TRL's loop", "torch._foreach_lerp_", "dpo_fast"}),
     "precompute": ("pairs = 4", {"naive", "dpo_fast", "dpo_fast, found in the cache"}),
 }
 
@@ -67,23 +67,18 @@ def test_cases_have_names_of_their_own_and_curves_have_axes(
     assert all(set(case.curves) <= set(case.axes) for case in cases)
 
 
-def test_a_result_is_continued_not_repeated(tmp_path: Path) -> None:
+def test_a_result_is_continued_if_it_is_of_the_same_code(tmp_path: Path) -> None:
     first = run_one("head", tmp_path, only="N = 16")
     said: list[str] = []
     run(["head"], "cpu", True, tmp_path, rounds=1, only="N = ", say=said.append)
-    both = json.loads((tmp_path / "suite_head_cpu_quick.json").read_text())
+    path = tmp_path / "suite_head_cpu_quick.json"
+    both = json.loads(path.read_text())
     assert list(both["cases"]) == ["N = 16", "N = 32"]
     assert both["cases"]["N = 16"] == first["cases"]["N = 16"]
     assert len(said) == 1 and said[0].startswith("head: N = 32:")
-
-
-def test_a_result_of_other_code_is_not_continued(tmp_path: Path) -> None:
-    path = tmp_path / "suite_head_cpu_quick.json"
-    run_one("head", tmp_path, only="N = 16")
-    old = json.loads(path.read_text())
-    old["sources"] = "older"
-    path.write_text(json.dumps(old))
-    assert list(run_one("head", tmp_path, only="N = 32")["cases"]) == ["N = 32"]
+    path.write_text(json.dumps({**both, "sources": "older"}))
+    run(["head"], "cpu", True, tmp_path, only="N = ", seconds=0.0, say=said.append)
+    assert json.loads(path.read_text())["cases"] == {}
 
 
 def test_no_case_is_begun_when_the_time_is_up(tmp_path: Path) -> None:

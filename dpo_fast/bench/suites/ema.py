@@ -42,7 +42,8 @@ def cases(settings: Settings) -> list[Case]:
     """One gigabyte in fp32 and in bf16 on a CPU; 0.5B and 8B parameters in bf16 on a GPU."""
     found = []
     for model, dtype in MODELS_OF[settings.device, settings.quick]:
-        shapes = [(241_000, 1024)] if model == ONE_TENSOR else MODELS[model].shapes()
+        whole: list[tuple[int, ...]] = [(241_000, 1024)]
+        shapes = whole if model == ONE_TENSOR else MODELS[model].shapes()
         numel = sum(torch.Size(shape).numel() for shape in shapes)
         what = ONE_TENSOR if model == ONE_TENSOR else f"{len(shapes)} tensors"
         name = f"{numel / 1e6:.0f} M parameters in {what}, {str(dtype).removeprefix('torch.')}"

@@ -36,6 +36,6 @@ def gemm_flops(layout: str, shape: ModelShape, rows: list[Row], forwards: int = 
 def parameters_of(shape: ModelShape) -> tuple[int, int]:
     """Parameters of the layers, and of the LM head."""
     model = make_model(shape)
-    head: int = model.get_output_embeddings().weight.numel()
-    embeddings: int = model.get_input_embeddings().weight.numel()
+    head = sum(p.numel() for p in model.get_output_embeddings().parameters())
+    embeddings = sum(p.numel() for p in model.get_input_embeddings().parameters())
     return sum(p.numel() for p in model.parameters()) - head - embeddings, head

@@ -10,7 +10,7 @@ CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 
-.PHONY: demo test test-faults check test-gpu bench bench-gpu clean
+.PHONY: demo test test-faults check test-gpu bench bench-quick bench-gpu clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
@@ -33,6 +33,10 @@ bench: $(VENV)/.test  ## CPU benchmarks, against the naive loop and TRL
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.ema
 	$(BIN)/python -m benchmarks.layout
+	$(BIN)/python -m benchmarks head reference ema precompute
+
+bench-quick: $(VENV)/.test  ## every suite at a small size in minutes: tables and pictures in runs/bench
+	$(BIN)/python -m benchmarks --quick
 
 bench-gpu:  ## LM head and EMA on a CUDA device, against the peers; resumes where it stopped
 	$(ONGPU) -m benchmarks.head_gpu --seconds 400

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import machine_line, write_result
-from benchmarks.workload import LENGTHS, make_rows
+from dpo_fast.bench.workload import LENGTHS, make_rows
 from dpo_fast.layouts import Segments, SharedPrefixCollator
 from dpo_fast.layouts.attention import choose_backend
 from dpo_fast.layouts.attention_sdpa import sdpa_segments

@@ -14,7 +14,6 @@ The CPU's triad has 3 arrays of the size of the parameters (in bytes) and the sa
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,62 +22,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import machine_line, write_result
-from benchmarks.stream import Triad
+from dpo_fast.bench.ema_variants import ALPHA, MODELS, Weights, foreach_lerp, trl_loop
+from dpo_fast.bench.stream import Triad
+from dpo_fast.bench.timing import median_ratio, take_turns
 from dpo_fast.functional.ema import EmaPlan, Rounding, make_shadow
 
-ALPHA = 0.01
 ROUNDINGS: tuple[Rounding, ...] = ("nearest", "stochastic")
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The weights of a decoder of Llama's kind, tied head."""
-
-    hidden: int
-    inner: int
-    key_value: int
-    layers: int
-    vocab: int
-    biases: bool = False
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        h, i, k = self.hidden, self.inner, self.key_value
-        layer: list[tuple[int, ...]] = [
-            (h, h),
-            (k, h),
-            (k, h),
-            (h, h),
-            (i, h),
-            (i, h),
-            (h, i),
-            (h,),
-            (h,),
-        ]
-        if self.biases:
-            layer += [(h,), (k,), (k,)]
-        return [(self.vocab, h), *(layer * self.layers), (h,)]
-
-
-MODELS = {
-    "0.25B": Decoder(640, 3456, 128, 24, 100_000, biases=True),  # 1 GB in fp32
-    "0.5B": Decoder(896, 4864, 128, 24, 151_936, biases=True),  # Qwen2.5-0.5B, 1 GB in bf16
-    "8B": Decoder(4096, 14_336, 1024, 32, 256_512),  # Llama-3-8B; its untied head counted here
-    "tiny": Decoder(256, 1024, 64, 4, 4000, biases=True),
-}
-
-
-class Weights:
-    """A reference and a policy of one model."""
-
-    def __init__(self, model: str, dtype: torch.dtype, device: str) -> None:
-        shapes = MODELS[model].shapes()
-        self.refs = [torch.empty(s, dtype=dtype, device=device).normal_(0, 0.02) for s in shapes]
-        self.policies = [r + torch.randn_like(r).mul_(1e-3) for r in self.refs]
-        self.dtype, self.device = dtype, device
-
-    @property
-    def numel(self) -> int:
-        return sum(r.numel() for r in self.refs)
 
 
 @dataclass
@@ -89,21 +38,15 @@ class Variant:
     bytes: int
 
 
-def trl_loop(w: Weights) -> None:
-    """TRL 1.16's SyncRefModelCallback: two kernels a tensor, five passes over memory."""
-    for ref, policy in zip(w.refs, w.policies, strict=True):
-        ref.mul_(1.0 - ALPHA).add_(policy, alpha=ALPHA)
-
-
-def foreach_lerp(w: Weights) -> None:
-    torch._foreach_lerp_(w.refs, w.policies, ALPHA)
+def weights(model: str, dtype: torch.dtype, device: str) -> Weights:
+    """Of a model of :data:`MODELS`."""
+    return Weights(MODELS[model].shapes(), dtype, device)
 
 
 def baselines(w: Weights) -> dict[str, Variant]:
-    size = w.dtype.itemsize * w.numel
     return {
-        "trl_loop": Variant(lambda: trl_loop(w), 5 * size),
-        "foreach_lerp": Variant(lambda: foreach_lerp(w), 3 * size),
+        "trl_loop": Variant(*trl_loop(w)),
+        "foreach_lerp": Variant(*foreach_lerp(w)),
     }
 
 
@@ -128,7 +71,7 @@ def check_against_float64(dtype: torch.dtype) -> None:
     """The gate on the CPU: one update of a small model, to half an ulp (one, if stochastic)."""
     ulp = torch.finfo(dtype).eps
     for rounding, limit in zip(ROUNDINGS, (0.5, 1.0), strict=True):
-        w = Weights("tiny", dtype, "cpu")
+        w = weights("tiny", dtype, "cpu")
         gold = [r.double().lerp(p.double(), ALPHA) for r, p in zip(w.refs, w.policies, strict=True)]
         EmaPlan(w.refs, w.policies).update_(ALPHA, rounding=rounding)
         for ref, exact in zip(w.refs, gold, strict=True):
@@ -142,7 +85,7 @@ def check_against_cpu(backend: str) -> None:
     for rounding in ROUNDINGS:
         for shadowed in (False, True):
             torch.manual_seed(0)
-            w = Weights("tiny", torch.bfloat16, "cpu")
+            w = weights("tiny", torch.bfloat16, "cpu")
             results = []
             for device, name in (("cpu", "auto"), ("cuda", backend)):
                 refs = [r.to(device, copy=True) for r in w.refs]
@@ -155,33 +98,11 @@ def check_against_cpu(backend: str) -> None:
                 raise SystemExit(f"{backend}, {rounding}: not the CPU's bits; nothing is timed")
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
-    if device == "cpu":
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
 def measure(variants: dict[str, Variant], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of every variant in every round; the order turns by one each round."""
     for variant in variants.values():
         variant.run()
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            times[name].append(seconds(variants[name].run, device))
-    return times
-
-
-def median_ratio(numerator: list[float], denominator: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+    return take_turns({name: v.run for name, v in variants.items()}, rounds, device)
 
 
 def report(
@@ -220,7 +141,7 @@ def run_cpu(rounds: int, model: str | None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for dtype, default in ((torch.float32, "0.25B"), (torch.bfloat16, "0.5B")):
         check_against_float64(dtype)
-        w = Weights(model or default, dtype, "cpu")
+        w = weights(model or default, dtype, "cpu")
         size = w.numel * dtype.itemsize
         triad = Triad(max(64, size // 2**20))
         triad.check()
@@ -269,7 +190,7 @@ def run_cuda(rounds: int, model: str | None) -> dict[str, Any]:
         shadows = free > 12 * numel + 12 * 2**30
         if not shadows:
             print(f"{name}: no room for fp32 shadows on this GPU; they are left out")
-        w = Weights(name, torch.bfloat16, "cuda")
+        w = weights(name, torch.bfloat16, "cuda")
         variants = {"copy": copy_ceiling(4096), **baselines(w)}
         for backend in ("compiled", "triton"):
             try:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine_line, write_result
-from benchmarks.train_step import Stepper
-from benchmarks.workload import LENGTHS, ModelShape, Row, make_model, make_rows
-from dpo_fast.layouts import pair_lengths
+from benchmarks.train_step import stepper_of
+from dpo_fast.bench.training.arithmetic import gemm_flops, tokens_of
+from dpo_fast.bench.workload import LENGTHS, ModelShape, make_rows
 
 BASELINES = ("naive", "trl")
 LAYOUTS = ("packed", "shared_prefix")
@@ -33,27 +33,6 @@ GOALS = {
     "4:1": {"shared_prefix": 6.0},
 }
 PAIRS = 4
-
-
-def tokens_of(variant: str, rows: list[Row]) -> tuple[int, int]:
-    """(tokens through the backbone, tokens through the LM head) of a step's forward."""
-    lengths = pair_lengths(rows)
-    scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    backbone = {
-        "packed": int(lengths.packed.sum()),
-        "shared_prefix": int(lengths.shared_prefix.sum()),
-    }.get(variant, lengths.padded(len(rows)))
-    return backbone, backbone if variant in BASELINES else scored
-
-
-def gemm_flops(variant: str, shape: ModelShape, rows: list[Row]) -> float:
-    """FLOPs of a step's matrix products without attention: two forwards, one backward of two."""
-    model = make_model(shape)
-    head = model.lm_head.weight.numel()
-    embeddings = model.get_input_embeddings().weight.numel()
-    layers = sum(p.numel() for p in model.parameters()) - head - embeddings
-    backbone, scored = tokens_of(variant, rows)
-    return 4 * 2 * (backbone * layers + scored * head)
 
 
 def gemm_rate(shape: ModelShape) -> float:
@@ -70,8 +49,8 @@ def gemm_rate(shape: ModelShape) -> float:
 def measure(shape: ModelShape, lengths: str, rounds: int) -> dict[str, Any]:
     """Interleaved steps of all variants on one workload."""
     batches = [make_rows(LENGTHS[lengths], PAIRS, shape.vocab, seed=s) for s in range(4)]
-    steppers = {v: Stepper(v, shape) for v in VARIANTS}
-    losses = {v: s.step(copy.deepcopy(batches[0])) for v, s in steppers.items()}
+    steppers = {v: stepper_of(v, shape) for v in VARIANTS}
+    losses = {v: s.step(copy.deepcopy(batches[0]))[0] for v, s in steppers.items()}
     for variant, loss in losses.items():
         if abs(loss - losses["naive"]) > 1e-4 * abs(losses["naive"]):
             raise SystemExit(f"{variant} computes another loss: {losses}; no speed is reported.")

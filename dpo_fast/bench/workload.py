@@ -64,7 +64,7 @@ def make_model(shape: ModelShape, seed: int = 0) -> LlamaForCausalLM:
 
     config = LlamaConfig(
         hidden_size=shape.hidden,
-        intermediate_size=4 * shape.hidden * 2 // 3 // 64 * 64,
+        intermediate_size=max(64, 4 * shape.hidden * 2 // 3 // 64 * 64),
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
@@ -74,7 +74,7 @@ def make_model(shape: ModelShape, seed: int = 0) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # read by PreTrainedConfig
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config)

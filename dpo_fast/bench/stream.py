@@ -1,16 +1,13 @@
-"""The memory bandwidth that a CPU gives: STREAM's triad, compiled here and now with OpenMP."""
+"""The memory bandwidth that a CPU gives: STREAM's triad."""
 
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).parent / "stream_triad.cpp"
+from dpo_fast.bench.native import library
+
 ALIGNMENT = 64  # bytes
 
 
@@ -51,14 +48,7 @@ class Triad:
 
 
 def _compile() -> Callable[..., None]:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise RuntimeError("the triad needs a C++ compiler: install g++")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "triad.so"
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
-        function = ctypes.CDLL(str(library)).triad
+    function = library("stream_triad").triad
     address = ctypes.c_void_p
     function.argtypes = [address] * 3 + [ctypes.c_float, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     function.restype = None

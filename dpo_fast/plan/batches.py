@@ -90,5 +90,6 @@ def collate(
         max_length=max_length,
         truncation_mode=truncation_mode,
         few_shapes=on_accelerator,
+        group_rows=not on_accelerator,
     )
     return collator(rows)

@@ -31,12 +31,12 @@ def choose(cells: Sequence[Cell], device: Device, epochs: float = 1.0) -> Choice
 
     The kinds of fine-tuning are not weighed against each other: where full fine-tuning fits it is
     what is named, since time is no reason to train fewer parameters. A moving reference (``ema``)
-    is another objective and is never named.
+    is another objective, named only where no other was planned.
     """
-    candidates = [c for c in cells if c.setting.reference != "ema"]
+    candidates = [c for c in cells if c.setting.reference != "ema"] or list(cells)
     fitting = [c for c in candidates if fits(c, device)]
     if not fitting:
-        return Choice(None, _nothing(candidates or list(cells), device))
+        return Choice(None, _nothing(candidates, device))
     kind = "full" if any(c.setting.kind == "full" for c in fitting) else "lora"
     fitting = [c for c in fitting if c.setting.kind == kind]
     fastest = min(_cost(c, epochs) for c in fitting)

@@ -5,7 +5,7 @@ them, autograd included, runs as it would on real ones.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ class FakeModel:
         """All of them, LoRA's included."""
         return sum(p.numel() for p in self.module.parameters())
 
-    def batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def batch(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A collator's batch with fake tensors."""
         return {
             key: self.mode.from_tensor(value) if isinstance(value, torch.Tensor) else value

@@ -23,6 +23,7 @@ from dpo_fast.plan.fake import FakeModel
 from dpo_fast.plan.flops import count_flops
 from dpo_fast.plan.head import HeadMemory, head_memory, planned_backend
 from dpo_fast.plan.live import LiveMemory
+from dpo_fast.plan.masks import known_masks
 from dpo_fast.reference.inference import inference_pass
 
 
@@ -83,10 +84,9 @@ def trace_step(
     model.set_checkpointing(checkpointing)
     memory = LiveMemory(count_flops)
     step = _Step(model, memory, options)
-    fakes = _on_fakes(model, batch)
     try:
-        with model.mode, memory, _segments(model, batch):
-            return step.run(fakes, with_reference)
+        with _attention(model, batch), model.mode, memory:
+            return step.run(model.batch(batch), with_reference)
     except (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -102,25 +102,11 @@ def trace_step(
             parameter.grad = None
 
 
-def _on_fakes(model: FakeModel, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The batch as the model gets it: fake, and with the mask that transformers makes.
-
-    transformers looks into a 2-D mask for padding; a 4-D one it hands on. Without padding there is
-    none, and attention is causal by a flag.
-    """
-    fakes = model.batch(dict(batch))
-    if SEGMENTS_KEY not in batch:
-        rows, width = batch["input_ids"].shape
-        full = bool(batch["attention_mask"].all())
-        with model.mode:
-            mask = None if full else torch.ones(rows, 1, width, width, dtype=torch.bool)
-        fakes["attention_mask"] = mask
-    return fakes
-
-
-def _segments(model: FakeModel, batch: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+def _attention(
+    model: FakeModel, batch: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[Any]:
     packed = SEGMENTS_KEY in batch
-    return segment_attention_in(model.module) if packed else contextlib.nullcontext()
+    return segment_attention_in(model.module) if packed else known_masks(model, batch)
 
 
 class _Step:

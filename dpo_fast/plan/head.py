@@ -69,18 +69,18 @@ def head_memory(
         workspace: ``lm_head_workspace``; None: the backend's own.
     """
     head = LinearHead(weight, None, None, 1.0, None)
-    total = sum(seq_lens)
-    stored = needs.head and may_store(backend, head, total, None, workspace)
-    most = total
-    if needs.head and not stored:
+    total = most = sum(seq_lens)
+    grouped = False
+    if needs.head and not may_store(backend, head, total, None, workspace):
         limit = backend.default_workspace(head) if workspace is None else workspace
-        borders = [0, *accumulate(seq_lens)]
-        groups = plan_groups(borders, limit // backend.row_bytes(head))
-        most = max((group.rows for group in groups), default=0)
+        max_rows = limit // backend.row_bytes(head)
+        groups = plan_groups([0, *accumulate(seq_lens)], max_rows)
+        grouped = len(groups) > 1
+        most = max((g.rows for g in groups if g.rows <= max_rows), default=0)
     measure = {"cpu": _compiled, "triton": _triton}.get(backend.name, _chunked)
     room, rows = measure(backend, weight, needs, most)
-    if most < total:  # the group's rows of the hidden states
-        rows += most * weight.shape[1] * weight.element_size()
+    if grouped:  # each group's hidden states, and its part of their gradient
+        rows += most * weight.shape[1] * (weight.element_size() + 4)
     stays = weight.device.type == "cpu" and room <= KEEP_BYTES
     return HeadMemory(room, stays, rows, 3 if needs.head else 2)
 
@@ -122,7 +122,7 @@ def _compiled(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[in
         # Two buffers: the probabilities are still lent out while the backward borrows its scratch.
         room = max(room, call.backward_scratch())
         room += buffer_bytes(rows, backend.row_bytes(LinearHead(weight, None, None, 1.0, None)))
-    copies = 2 + (weight.dtype != torch.float32)
+    copies = 1 + (weight.dtype != torch.float32)  # dX before its row factor; widened X
     return room, copies * _matrix(weight, rows) + 4 * module.head_columns * rows
 
 
@@ -136,7 +136,7 @@ def _chunked(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int
     room = buffer_bytes(rows, row) if needs.head else chunk_rows(rows, weight.shape[0], wide) * row
     narrow = weight.dtype != wide
     room += TILE_BYTES if narrow else 0
-    return room, (2 + narrow + needs.weight) * _matrix(weight, rows)
+    return room, (1 + narrow + needs.weight) * _matrix(weight, rows)
 
 
 def _triton(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int, int]:
@@ -148,7 +148,8 @@ def _triton(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int,
     room = rows * row if needs.head else min(rows * row, max(GROUP_BYTES, row))
     partial_sums = 2 * 4 * min(rows, ROW_BLOCK) * -(-weight.shape[0] // 128)
     matrices = _matrix(weight, rows)  # E W in float32
-    matrices += rows * weight.shape[1] * weight.element_size() * (1 + needs.weight)  # dX, v X
+    if needs.weight:
+        matrices += rows * weight.shape[1] * weight.element_size()  # v X
     if not needs.head and rows * row > room:
         matrices += _matrix(weight, rows)  # the groups' E W, joined
     return room + partial_sums, matrices

@@ -79,7 +79,9 @@ def test_the_backbone_flops_are_six_a_parameter_and_token(cells: dict[Setting, C
     flops = cell.seconds["policy"] * GPU.bf16 * Run(GPU).efficiency
     assert 1.0 <= flops / (6 * 4 * layer * cell.tokens) < 1.1
     again = cells[Setting("full", "mixed", True, "packed", "precomputed")]
-    assert again.seconds["policy"] / cell.seconds["policy"] == pytest.approx(4 / 3, rel=0.03)
+    # A third on top, without each layer's last product: nothing that the backward needs.
+    twice = 1 + (layer - 256 * 640) / (3 * layer)
+    assert again.seconds["policy"] / cell.seconds["policy"] == pytest.approx(twice, rel=0.03)
 
 
 def test_the_best_is_the_fastest_that_fits(cells: dict[Setting, Cell]) -> None:

@@ -10,7 +10,7 @@ CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 
-.PHONY: demo test test-faults check test-gpu bench bench-quick bench-gpu clean
+.PHONY: demo test test-faults check check-triton36 check-floors test-gpu bench bench-quick bench-gpu clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
@@ -25,6 +25,26 @@ check: $(VENV)/.test  ## lint, format, types
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
+
+# Where only CUDA builds of torch are to be had: TORCH36=torch==2.11.0, which wants this triton itself.
+TORCH36 ?= torch==2.13.0
+check-triton36: $(VENV)-triton36/.ready  ## every shipped kernel compiles within its limits, under triton 3.6
+	PYTHONPATH=kernels $(VENV)-triton36/bin/python -m dpo_fast_kernels.aot --target sm_90 sm_80 --jobs $(JOBS)
+
+$(VENV)-triton36/.ready:
+	$(PYTHON) -m venv $(VENV)-triton36
+	$(VENV)-triton36/bin/python -m pip --disable-pip-version-check install -q $(TORCH36) triton==3.6.0 numpy
+	touch $@
+
+# The oldest of everything that pyproject.toml allows; of torch only what constraints.txt pins.
+FLOORS = tests/trainer tests/reference tests/losses tests/data tests/layouts
+check-floors: $(VENV)-floors/.ready  ## trainer, references, losses, data, layouts on the oldest supported packages
+	$(VENV)-floors/bin/python -m pytest -n $(JOBS) --dist loadfile $(FLOORS)
+
+$(VENV)-floors/.ready: tests/floors.txt $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-floors
+	$(VENV)-floors/bin/python -m pip --disable-pip-version-check install -q -c tests/floors.txt -e ".[test]"
+	touch $@
 
 test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment with torch; PARTS="head bits"
 	$(ONGPU) -m tests.gpu $(PARTS)
@@ -54,4 +74,4 @@ $(VENV)/.test: $(VENV)/.runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info dpo_fast/_C.*
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-floors build runs *.egg-info dpo_fast/_C.*

@@ -21,6 +21,12 @@ COMMANDS = {
     "precompute": Command(
         "dpo_fast.cli.precompute", "fill the cache of reference log-probs, and nothing else"
     ),
+    "plan": Command(
+        "dpo_fast.cli.plan", "memory and time of every way to train a model, from its config alone"
+    ),
+    "inspect-data": Command(
+        "dpo_fast.cli.inspect_data", "lengths, truncation, ties, duplicates of preference pairs"
+    ),
     "demo": Command(
         "dpo_fast.cli.demo", "a small model, all four references, a table and a picture; offline"
     ),
@@ -69,7 +75,7 @@ def find_command(name: str) -> Command:
 
 def help_text() -> str:
     """What ``dpo-fast --help`` prints."""
-    lines = [f"  {name:<12}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"dpo-fast {__version__}: Direct Preference Optimization without logits",

@@ -23,12 +23,7 @@ def check_before_loading(model: ModelArguments, data: DataArguments, args: DPOCo
     check_model(str(model.model_name_or_path), "--model_name_or_path")
     if model.ref_model_name_or_path is not None:
         check_model(model.ref_model_name_or_path, "--ref_model_name_or_path")
-    for name, flag in (
-        (data.dataset_name, "--dataset_name"),
-        (data.eval_dataset_name, "--eval_dataset_name"),
-    ):
-        if name is not None and looks_like_path(name) and not Path(name).expanduser().exists():
-            raise UsageError(f"{flag}: there is no file or folder {name!r}.")
+    check_data(data)
     if data.eval_dataset_name is not None and args.eval_strategy == "no":
         raise UsageError(
             "--eval_dataset_name is given, and nothing would be evaluated: add --eval_strategy "
@@ -37,6 +32,20 @@ def check_before_loading(model: ModelArguments, data: DataArguments, args: DPOCo
     check_quantisation(model)
     check_objective(model, data, args)
     probe_writable(str(args.output_dir))
+
+
+def check_data(data: DataArguments) -> None:
+    """What looks like a path must be there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    for name, flag in (
+        (data.dataset_name, "--dataset_name"),
+        (data.eval_dataset_name, "--eval_dataset_name"),
+    ):
+        if name is not None and looks_like_path(name) and not Path(name).expanduser().exists():
+            raise UsageError(f"{flag}: there is no file or folder {name!r}.")
 
 
 def check_model(name: str, flag: str) -> None:

@@ -60,6 +60,27 @@ def load_arguments(model: ModelArguments, args: DPOConfig) -> dict[str, Any]:
     return {**kwargs, **(args.model_init_kwargs or {})}  # type: ignore[dict-item]
 
 
+def load_tokenizer(model: ModelArguments, args: DPOConfig) -> Any:
+    """The tokenizer that a training of this model would use.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    name = local_name(str(model.model_name_or_path))
+    if is_adapter(name) and not (Path(name) / "tokenizer_config.json").is_file():
+        from peft import PeftConfig
+
+        name = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer comes with {name!r}: {error}") from error
+
+
 def _adapter_arguments(
     name: str, args: DPOConfig, kwargs: dict[str, Any], quantization: Any
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
 from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 from dpo_fast.trainer.datasets import DatasetsMixin
+from dpo_fast.trainer.engines import EnginesMixin
 from dpo_fast.trainer.layouts import LayoutsMixin
 from dpo_fast.trainer.logs import LogsMixin
 from dpo_fast.trainer.objective import Objective
@@ -55,7 +56,9 @@ REMOVED_ARGUMENTS = {
 }
 
 
-class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transformers.Trainer):
+class Trainer(
+    LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, EnginesMixin, transformers.Trainer
+):
     """Direct Preference Optimization (arXiv 2305.18290) with the arguments of TRL's ``DPOTrainer``.
 
     Args:
@@ -137,6 +140,7 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
         )
         self._refuse_data_parallel()
         setup.refuse_cut_sequences(self.accelerator)
+        self.init_engine(parts.ref_model)
         # The loss is the share of a mean over the global batch already: the base class must not
         # scale it again.
         self.loss_is_scaled_for_ga = True
@@ -149,6 +153,7 @@ class Trainer(LayoutsMixin, DatasetsMixin, LogsMixin, CheckpointingMixin, transf
         self.init_logs()
         self.init_layout(data_collator, parts.ref_model)
         self.start_reference(plan, parts.ref_model)
+        self.shard_reference()
 
     # -- one step ----------------------------------------------------------------------------------
     # --------------------

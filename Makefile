@@ -15,7 +15,7 @@ ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
 
-test: $(VENV)/.test  ## everything that needs no GPU
+test: $(VENV)/.test $(VENV)/.deepspeed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 test-faults: $(VENV)/.test  ## 50 random kills of a training (5 are in `make test`); about 10 minutes
@@ -71,6 +71,15 @@ $(VENV)/.runtime: $(SOURCES) | $(VENV)/bin/python
 
 $(VENV)/.test: $(VENV)/.runtime
 	$(PIP) install -q -c constraints.txt -e ".[test,check]"
+	touch $@
+
+# In a folder of its own, which only the launches of ZeRO see: transformers, accelerate and TRL import
+# DeepSpeed wherever they can, in every process. Without a compiled op it installs in seconds.
+$(VENV)/.deepspeed: $(VENV)/.test
+	$(PIP) install -q setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) install -q --no-build-isolation --no-deps --upgrade \
+		-c constraints.txt --target $(VENV)/deepspeed \
+		deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
 clean:

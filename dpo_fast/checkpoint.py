@@ -44,7 +44,6 @@ logger = logging.getLogger("dpo_fast")
 MANIFEST = "manifest.json"
 FORMAT = 1
 REFERENCE_FILE = "reference.json"
-REFERENCE_STATE = "reference.safetensors"
 _STAGING, _REPLACED = ".staging-", ".replaced-"
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _WRITE_ERRORS = {
@@ -297,26 +296,27 @@ def clean_stages(output_dir: StrPath) -> list[Path]:
     return removed
 
 
-def save_reference_state(folder: StrPath, reference: "Reference | None") -> None:
-    """Write strategy and fingerprint, and what has moved, into a checkpoint's folder."""
-    from safetensors.torch import save_file
+def save_reference_state(
+    folder: StrPath, reference: "Reference | None", *, rank: int = 0, ranks: int = 1
+) -> None:
+    """Write strategy and fingerprint, and what has moved, into a checkpoint's folder.
+
+    Called on every rank: each writes the shards that it has, rank 0 everything else.
+    """
+    from dpo_fast.reference.stored import write_state
 
     root = Path(folder)
-    if reference is None:
-        about = {"format": FORMAT, "name": "none", "fingerprint": None}
+    about: dict[str, Any] = {"format": FORMAT, "name": "none", "fingerprint": None}
+    if reference is not None:
+        state = reference.state_dict()
+        write_state(root, state, rank=rank, ranks=ranks)
+        about |= {
+            "name": reference.name,
+            "fingerprint": reference.fingerprint(),
+            "state": bool(state),
+        }
+    if rank == 0:
         (root / REFERENCE_FILE).write_text(json.dumps(about, indent=1))
-        return
-    state = reference.state_dict()
-    if state:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, root / REFERENCE_STATE, metadata={"reference": reference.name})
-    about = {
-        "format": FORMAT,
-        "name": reference.name,
-        "fingerprint": reference.fingerprint(),
-        "state": bool(state),
-    }
-    (root / REFERENCE_FILE).write_text(json.dumps(about, indent=1))
 
 
 def load_reference_state(folder: StrPath, reference: "Reference | None") -> None:
@@ -330,8 +330,6 @@ def load_reference_state(folder: StrPath, reference: "Reference | None") -> None
         one that
             does not, or a checkpoint without a reference file.
     """
-    from safetensors.torch import load_file
-
     root = Path(folder)
     path = root / REFERENCE_FILE
     if not path.is_file():
@@ -364,5 +362,17 @@ def load_reference_state(folder: StrPath, reference: "Reference | None") -> None
             f"this run's is {own} ({name}): give the model (and ref_model) that the run was "
             "started with, or start a new run."
         )
-    state = load_file(root / REFERENCE_STATE) if about["state"] else {}
-    reference.load_state_dict(state)
+    reference.load_state_dict(_stored_parts(root, reference) if about["state"] else {})
+
+
+def _stored_parts(root: Path, reference: "Reference") -> dict[str, Any]:
+    """The stored state, of sharded tensors what this rank has of them."""
+    import torch
+
+    from dpo_fast.reference.stored import StoredState
+
+    own, stored = reference.state_dict(), StoredState(root)
+    return {
+        name: stored.part_like(name, own[name]) if name in own else torch.empty(0)
+        for name in stored.shapes
+    }

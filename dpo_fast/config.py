@@ -187,7 +187,8 @@ class DPOConfig(TrainingArguments):
     def _use_cpu_without_accelerator(self) -> None:
         import torch
 
-        if not self.use_cpu and not torch.accelerator.is_available():
+        # DeepSpeed runs on devices that torch does not count, the CPU among them
+        if not self.use_cpu and not self.deepspeed and not torch.accelerator.is_available():
             self.use_cpu = True
             logger.warning("No accelerator found: use_cpu=True, training runs on the CPU.")
 

@@ -92,6 +92,7 @@ def help_text() -> str:
             "  dpo-fast train --config run.yaml --learning_rate 5e-7",
             "  dpo-fast doctor",
             "",
-            "many devices: accelerate launch -m dpo_fast.cli train --config run.yaml",
+            "many devices: dpo-fast train --config run.yaml --accelerate-config fsdp2",
+            "         (or: accelerate launch -m dpo_fast.cli train --config run.yaml)",
         ]
     )

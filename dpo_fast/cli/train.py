@@ -1,6 +1,8 @@
 """`dpo-fast train`: preference pairs in, a trained model, its metrics and curves out."""
 
 import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,20 @@ logger = logging.getLogger("dpo_fast")
 
 DESCRIPTION = (
     "Train a causal LM on preference pairs. Options are the fields of DPOConfig (TRL's names) and "
-    "those of model and data below; --config takes them from a YAML file, and flags win over it."
+    "those of model and data below; --config takes them from a YAML file, and flags win over it. "
+    "--accelerate-config ddp|fsdp2|zero2|zero3 (or a YAML of accelerate) runs it on many devices; "
+    "--num_processes says on how many."
 )
 
 
 def run(words: list[str]) -> int:
-    """Train, save, draw."""
+    """Train, save, draw; with ``--accelerate-config``, in processes that accelerate starts."""
+    from dpo_fast.cli.launch import launch_command
+
+    command = launch_command("train", words)
+    if command is not None:
+        sys.stdout.flush()
+        os.execv(command[0], command)
     show_logs()
     from dpo_fast.cli.build import build_trainer
     from dpo_fast.cli.parser import parse

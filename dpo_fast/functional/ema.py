@@ -37,7 +37,7 @@ from torch import Tensor
 
 from dpo_fast.functional.ema_checks import Tensors, check_tensor, named
 from dpo_fast.functional.ema_plan import EmaPlan, Rounding, ema_offsets
-from dpo_fast.functional.ema_shards import local_of
+from dpo_fast.functional.ema_shards import is_zero3, local_of
 
 __all__ = ["EmaPlan", "Rounding", "ema_", "ema_offsets", "make_shadow"]
 
@@ -88,7 +88,7 @@ def make_shadow(refs: Iterable[Tensor], *, pinned: bool = False) -> list[Tensor 
 
     Args:
         refs: the references, as they are before the first update. The master of a DTensor is a
-            DTensor.
+            DTensor, that of a ZeRO-3 parameter its partition.
         pinned: keep the masters in pinned host memory instead of on the references' device; of a
             DTensor then its shard as a plain tensor.
     """
@@ -96,10 +96,11 @@ def make_shadow(refs: Iterable[Tensor], *, pinned: bool = False) -> list[Tensor 
     for ref, name in zip(*named(list(refs), "refs"), strict=True):
         local = local_of(ref)
         check_tensor(local, name)
-        if ref.dtype in (torch.float32, torch.float64):
+        if local.dtype in (torch.float32, torch.float64):
             masters.append(None)
         elif pinned:
             masters.append(local.detach().to("cpu", torch.float32).pin_memory())
         else:
-            masters.append(ref.detach().to(torch.float32))
+            source = local if is_zero3(ref) else ref
+            masters.append(source.detach().to(torch.float32))
     return masters

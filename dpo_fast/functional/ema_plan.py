@@ -20,7 +20,12 @@ from dpo_fast.functional.ema_checks import (
     check_uint64,
     named,
 )
-from dpo_fast.functional.ema_shards import check_sharded_alike, local_of, shard_start
+from dpo_fast.functional.ema_shards import (
+    check_sharded_alike,
+    local_of,
+    shard_start,
+    whole_shape,
+)
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -50,16 +55,17 @@ class EmaPlan:
 
     Args:
         refs: tensors to update in place, or a mapping of names to them; float64, float32, bfloat16
-            or float16, in any mix; parameters that require a gradient are fine. DTensors are
-            updated shard by shard on their own ranks, without communication. Empty shards are
-            skipped.
+            or float16, in any mix; parameters that require a gradient are fine. DTensors and the
+            parameters of ZeRO-3 are updated shard by shard on their own ranks, without
+            communication. Empty shards are skipped.
         policies: the tensors to move towards: as many, of the same shapes, devices and shards.
         shadow: float32 masters, one for each 16-bit reference, None for the others
             (:func:`make_shadow`). They are updated, then rounded into the references, whose own
             values are not read.
         offsets: global position of each tensor's first element, for the random bits of stochastic
             rounding; default: :func:`ema_offsets` of the sizes of the whole tensors, plus where a
-            DTensor's shard begins. For shards that are plain tensors, add the latter yourself.
+            DTensor's or ZeRO-3's shard begins. For shards that are plain tensors, add the latter
+            yourself.
         backend: ``"auto"``, or ``"compiled"`` (C++, CUDA), ``"triton"``, ``"torch"`` by name.
             float64 and non-contiguous tensors always take torch.
 
@@ -91,7 +97,7 @@ class EmaPlan:
             check_sharded_alike(*ref, *policy)
         self._shadow = None if shadow is None else list(shadow)
         if offsets is None:
-            whole = ema_offsets(ref.numel() for ref in self._refs.tensors)
+            whole = ema_offsets(whole_shape(ref).numel() for ref in self._refs.tensors)
             starts = map(shard_start, self._refs.tensors)
             offsets = [at + start for at, start in zip(whole, starts, strict=True)]
         self._offsets = check_offsets(offsets, self._local(self._refs))

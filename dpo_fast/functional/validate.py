@@ -24,8 +24,8 @@ def check_floating(tensor: Tensor, name: str, dim: int, legend: str) -> None:
     if hasattr(tensor, "placements"):
         raise ValueError(
             f"{name} is a DTensor with placements {tensor.placements}, and the ops compute with "
-            "plain memory: under FSDP2 leave the LM head to fully_shard(model), whose forward "
-            "gathers it, instead of sharding it apart; under tensor parallel score through "
+            "plain memory: under FSDP2 read it inside the forward of the module that owns it, "
+            "whose hooks gather it; under tensor parallel score through "
             "dpo_fast.models.forward_scored, or pass weight.to_local() and "
             "group=VocabShard.even(process_group, V); elsewhere pass .full_tensor()"
         )

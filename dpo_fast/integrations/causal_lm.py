@@ -76,10 +76,10 @@ def patch_model(
     ``return_logprobs="sequence"`` gives the sum of each row, ``[B]``. Without ``return_logprobs``
     the forward is the model's own, so that ``generate`` and evaluation are unchanged.
 
-    The scoring runs inside of the model's forward: wrappers (PEFT before or after, DDP) pass the
-    keywords on, and FSDP2's hooks gather the root's parameters first (a head that is sharded apart
-    from the root is refused). Call it before ``accelerator.prepare``. A PEFT prompt adapter that
-    lengthens the rows lengthens the answer, on the left.
+    The scoring runs inside of the model's forward, and of its head's: wrappers (PEFT before or
+    after, DDP) pass the keywords on, and FSDP2's hooks gather the root's parameters first, or those
+    of a head that is sharded apart. Call it before ``accelerator.prepare``. A PEFT prompt adapter
+    that lengthens the rows lengthens the answer, on the left.
 
     Args:
         model: a causal LM of transformers, in any wrapper.

@@ -1,9 +1,9 @@
 """A forward that runs the backbone and hands hidden states and LM head to a scoring function: never
 logits.
 
-The scoring function runs *inside* the model's forward, so that the hooks of FSDP2 and DeepSpeed,
-which gather the head's weight around the forward, are in force, and the wrappers of DDP see the
-whole graph.
+The scoring function runs *inside* the model's forward, and there in place of the head's own, so
+that the hooks of FSDP2 and DeepSpeed, which gather the head's weight around either, are in force,
+and the wrappers of DDP see the whole graph.
 
 Legend: B rows, T padded length, N scored tokens, H hidden, V vocabulary.
 """
@@ -26,6 +26,7 @@ from dpo_fast.batch import (
     TokenPlan,
 )
 from dpo_fast.models.head import Head, base_causal_lm, head_of
+from dpo_fast.models.head_call import in_head_forward
 from dpo_fast.models.tensor_parallel import local_head, whole_hidden
 from dpo_fast.row_groups import RowGroups, run_in_groups
 
@@ -164,7 +165,14 @@ def _run_scored(
             "run it inside dpo_fast.layouts.segment_attention_in(model); where that is done, its "
             "family needs batch_layout='padded'."
         )
-    value = scoring(whole_hidden(outputs[0]), local_head(head_of(lm), lm))
+    layer: Any = lm.get_output_embeddings()
+    if layer is None:
+        head_of(lm)  # raises: there is no head
+    value = in_head_forward(
+        layer,
+        whole_hidden(outputs[0]),
+        lambda hidden: scoring(hidden, local_head(head_of(lm), lm)),
+    )
     aux = None
     if kwargs.get("output_router_logits"):
         mask = kwargs.get("attention_mask") if router_mask is None else router_mask

@@ -75,6 +75,8 @@ def build_reference(
     device = next(policy.parameters()).device
     reference: Reference
     if plan.name == "precomputed":
+        if device.type == "cpu" and getattr(args, "device", None) is not None:
+            device = args.device  # the policy of FSDP2 and DeepSpeed waits on the host
         source = _source(plan, args, policy, ref_model, scoring)
         how = Precompute(collator, _batch_size(args), device, all_ranks())
         reference = PrecomputedReference(source, how, scoring, args.ref_cache_dir)

@@ -5,19 +5,21 @@
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpo_fast.functional.ema import EmaPlan, make_shadow
+from dpo_fast.functional.ema_shards import is_sharded, local_of
 from dpo_fast.models import Head
 from dpo_fast.reference.adapter import AdapterReference
 from dpo_fast.reference.exchange import check_same
 from dpo_fast.reference.fingerprint import persistent_buffers
 from dpo_fast.reference.frozen import FrozenReference
 from dpo_fast.reference.protocol import Batch
+from dpo_fast.reference.shards import plain_name, range_of, reshard_all, wrap_like
 
 logger = logging.getLogger("dpo_fast")
 
@@ -32,6 +34,9 @@ class EmaReference:
     reproducible from seed and step, no memory), ``"shadow"`` (a float32 copy beside it, 4 bytes a
     parameter), or ``"nearest"`` (loses updates below half a unit in the last place). ``"auto"``:
     nothing to round in float32, else stochastic.
+
+    Sharded parameters (FSDP2, ZeRO-3) are averaged shard by shard, each on its rank, without
+    communication, and rounded as on one rank: policy and reference are sharded alike.
 
     With PEFT the reference is a copy of the adapter and the average runs over the adapter's weights
     alone: of LoRA's factors A and B, not of their product; for small updates the two agree to first
@@ -83,10 +88,6 @@ class EmaReference:
         self._plan: EmaPlan | None = None
         self._planned: list[int] = []
         self._shadow: dict[str, Tensor] = {}
-        if self.rounding == "shadow":
-            names, refs = zip(*((name, ref) for name, ref, _ in self._pairs()), strict=True)
-            masters = zip(names, make_shadow(refs), strict=True)
-            self._shadow = {name: master for name, master in masters if master is not None}
         self.base.fingerprint()  # of the start; later the weights have moved
 
     def logps(self, batch: Batch) -> Tensor:
@@ -122,28 +123,47 @@ class EmaReference:
         pairs = list(self._pairs())
         tensors = [id(t) for _, ref, live in pairs for t in (ref, live)]
         if self._plan is None or tensors != self._planned:
-            shadow = [self._shadow.get(name) for name, _, _ in pairs] if self._shadow else None
+            masters = self._masters(pairs)
+            shadow = [masters.get(name) for name, _, _ in pairs] if masters else None
             refs = {name: ref for name, ref, _ in pairs}
             policies = {name: live for name, _, live in pairs}
             self._plan, self._planned = EmaPlan(refs, policies, shadow=shadow), tensors
         return self._plan
 
+    def _masters(self, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
+        """The float32 shadows, sharded as the references are by now; made at their first use."""
+        if self.rounding != "shadow":
+            return {}
+        for name, ref, _ in pairs:
+            master = self._shadow.get(name)
+            if master is None:
+                master = make_shadow([ref])[0]
+            elif is_sharded(ref) and local_of(master).shape != local_of(ref).shape:
+                master = range_of(master, ref, name).clone()
+            if master is not None:
+                self._shadow[name] = master
+        return self._shadow
+
     def _pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """``(name, reference's, policy's)`` of all that is averaged."""
+        """``(name, reference's, policy's)`` of all that is averaged: shards where an engine has
+        cut them.
+        """
         if isinstance(self.base, AdapterReference):
             yield from self.base.exchange.pairs()
             return
-        live = dict(self.policy.named_parameters())
+        reshard_all(self.policy)
+        reshard_all(self.base.model)
+        live = {plain_name(name): param for name, param in self.policy.named_parameters()}
         for name, ref in self.base.model.named_parameters():
-            yield name, ref, live[name]
+            yield plain_name(name), ref, live[plain_name(name)]
         for name, buffer, live_buffer in self._buffers():
             if buffer.is_floating_point():
                 yield name, buffer, live_buffer
 
     def _buffers(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        live = dict(persistent_buffers(self.policy))
+        live = {plain_name(name): buffer for name, buffer in persistent_buffers(self.policy)}
         for name, ref in persistent_buffers(self.base.model):
-            yield name, ref, live[name]
+            yield plain_name(name), ref, live[plain_name(name)]
 
     def _other_buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         if isinstance(self.base, FrozenReference):
@@ -167,11 +187,18 @@ class EmaReference:
             )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that has moved: weights, buffers, float32 shadows, and the number of updates."""
-        state = {f"ref.{name}": ref for name, ref, _ in self._pairs()}
+        """All that has moved: weights, buffers, float32 shadows, and the number of updates.
+
+        Sharded weights are what the engine has: DTensors, or ZeRO-3's parameters.
+        """
+        pairs = list(self._pairs())
+        state = {f"ref.{name}": ref for name, ref, _ in pairs}
         if isinstance(self.base, FrozenReference):
             state |= {f"ref.{name}": ref for name, ref, _ in self._buffers()}
-        state |= {f"shadow.{name}": tensor for name, tensor in self._shadow.items()}
+        for name, master in self._masters(pairs).items():
+            ref = state[f"ref.{name}"]
+            plain = is_sharded(ref) and not is_sharded(master)
+            state[f"shadow.{name}"] = wrap_like(master, ref) if plain else master
         state["updates"] = torch.tensor(self.updates)
         return state
 
@@ -179,16 +206,19 @@ class EmaReference:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint.
 
+        Args:
+            state: of sharded tensors this rank's part, in the shape of the local tensor.
+
         Raises:
             ValueError: names, shapes or dtypes differ, or the state is empty.
         """
-        own = self.state_dict()
         if not state:
             raise ValueError(
                 "reference='ema' needs the moved reference to go on, and the checkpoint has "
                 "none: it was written with another strategy. Resume with that, or start a new "
                 "run."
             )
+        own = {name: local_of(tensor) for name, tensor in self.state_dict().items()}
         check_same(own, state, "reference")
         for name, tensor in own.items():
             tensor.copy_(state[name])

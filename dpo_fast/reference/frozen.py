@@ -5,6 +5,8 @@ H hidden, N scored tokens.
 
 import copy
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from dpo_fast.reference.checks import check_finite, check_vocabulary
 from dpo_fast.reference.estimate import size_text, weight_bytes
 from dpo_fast.reference.fingerprint import model_fingerprint
 from dpo_fast.reference.scored import ScoredReference, Scoring
+from dpo_fast.reference.shards import is_unit, local_of, reshard
 
 
 class FrozenReference(ScoredReference):
@@ -58,13 +61,23 @@ class FrozenReference(ScoredReference):
         """A reference with the weights that ``policy`` has now, edits in memory included."""
         return cls(frozen_copy(policy, dtype), policy, scoring)
 
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """The model is the reference. Afterwards FSDP2's last units, which would stay gathered for
+        a backward that never comes, are dropped.
+        """
+        try:
+            yield
+        finally:
+            reshard(filter(is_unit, self.model.modules()))
+
     def _compute_fingerprint(self) -> str:
         if is_peft_model(self.model):
             return adapter_fingerprint(self.model, {}, adapters_off=False)
         return model_fingerprint(base_causal_lm(self.model))
 
     def describe(self) -> str:
-        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        dtype = str(local_of(next(self.model.parameters())).dtype).removeprefix("torch.")
         return (
             f"frozen: a model of its own, {size_text(weight_bytes(self.model))} of {dtype} weights"
         )

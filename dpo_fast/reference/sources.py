@@ -51,7 +51,8 @@ class AdapterSource:
     @contextmanager
     def opened(self, device: torch.device) -> Iterator[ScoredReference]:
         try:
-            yield self.reference
+            with lent(self.reference.model, device):
+                yield self.reference
         finally:
             self.reference.offload()
 
@@ -131,7 +132,8 @@ class PolicySource:
     @contextmanager
     def opened(self, device: torch.device) -> Iterator[ScoredReference]:
         if not self._released or self._policy_is_unchanged():
-            yield _PolicyAsReference(self.policy, self.policy, self.scoring)
+            with lent(self.policy, device):
+                yield _PolicyAsReference(self.policy, self.policy, self.scoring)
             return
         model = self._rebuilt()
         reference = FrozenReference(move_model(model, device), self.policy, self.scoring)
@@ -184,6 +186,20 @@ class PolicySource:
             "none": "nothing",
         }
         return f"the initial policy; for data to come: {kept[self.keep]}"
+
+
+@contextmanager
+def lent(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """``model`` is on ``device`` inside; a policy that an engine will shard waits on the host."""
+    before = next(model.parameters()).device
+    if before.type != "cpu" or device.type == "cpu":
+        yield
+        return
+    move_model(model, device)
+    try:
+        yield
+    finally:
+        move_model(model, before)
 
 
 def move_model(model: nn.Module, device: torch.device) -> nn.Module:

@@ -133,8 +133,13 @@ class CheckpointingMixin:
             finally:
                 self._stage = None
             self._name_best_checkpoint(stage, is_main)
+            save_reference_state(
+                stage.folder,
+                self.reference,
+                rank=self.accelerator.process_index,
+                ranks=self.accelerator.num_processes,
+            )
             if is_main:
-                save_reference_state(stage.folder, self.reference)
                 write_model_card(stage.folder, self)
         if self.args.should_save:
             rotate_checkpoints(

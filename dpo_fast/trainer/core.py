@@ -20,6 +20,7 @@ from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
 from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 from dpo_fast.trainer.datasets import DatasetsMixin
+from dpo_fast.trainer.engines import EnginesMixin
 from dpo_fast.trainer.layouts import LayoutsMixin
 from dpo_fast.trainer.logs import LogsMixin
 from dpo_fast.trainer.objective import Objective
@@ -61,6 +62,7 @@ class Trainer(
     DatasetsMixin,
     LogsMixin,
     CheckpointingMixin,
+    EnginesMixin,
     OutOfMemoryMixin,
     transformers.Trainer,
 ):
@@ -145,6 +147,7 @@ class Trainer(
         )
         self._refuse_data_parallel()
         setup.refuse_cut_sequences(self.accelerator)
+        self.init_engine(parts.ref_model)
         # The loss is the share of a mean over the global batch already: the base class must not
         # scale it again.
         self.loss_is_scaled_for_ga = True
@@ -157,6 +160,7 @@ class Trainer(
         self.init_logs()
         self.init_layout(data_collator, parts.ref_model)
         self.start_reference(plan, parts.ref_model)
+        self.shard_reference()
 
     # -- one step ----------------------------------------------------------------------------------
     # --------------------

@@ -13,6 +13,7 @@ from dpo_fast.config import DPOConfig
 from dpo_fast.losses import PreferenceLoss, build_loss
 from dpo_fast.models import check_head, head_of, install_scoring, is_peft_model
 from dpo_fast.reference.checks import check_finite
+from dpo_fast.trainer.engines import complete_weights
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -52,6 +53,9 @@ def build_parts(
         refuse_load_arguments(args, quantization_config)
     if isinstance(ref_model, str):
         ref_model = load_model(ref_model, args)
+    complete_weights(model, "policy")
+    if ref_model is not None:
+        complete_weights(ref_model, "reference")
     tokenizer = resolve_tokenizer(processing_class, model, args)
     if peft_config is not None:
         model = wrap_peft(model, peft_config)

@@ -42,6 +42,7 @@ def run(name: str, *arguments: str) -> Any:
 
 def test_these_are_all() -> None:
     assert SCRIPTS == [
+        "fsdp2_two_processes",
         "lora",
         "precomputed_sweep",
         "quickstart",

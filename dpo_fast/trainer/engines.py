@@ -1,0 +1,215 @@
+"""DDP, FSDP2 and DeepSpeed as accelerate sets them up: what of them touches DPO.
+
+The policy is the engine's as in transformers. Ours is the rest: weights that are whole while the
+trainer is built, a reference that is sharded as the policy is, and float32 results.
+"""
+
+import dataclasses
+import logging
+import os
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dpo_fast.reference.shards import is_unit
+
+logger = logging.getLogger("dpo_fast")
+
+Engine = Literal["single", "ddp", "fsdp1", "fsdp2", "zero2", "zero3"]
+
+
+class EnginesMixin:
+    """Part of :class:`dpo_fast.Trainer`: sharding that accelerate leaves to the caller."""
+
+    args: Any
+    accelerator: Any
+    model: Any
+    model_wrapped: Any
+    reference: Any
+    _reference_engine: Any = None
+
+    @property
+    def engine(self) -> Engine:
+        """Who holds the policy's weights."""
+        state = self.accelerator.state
+        deepspeed = getattr(state, "deepspeed_plugin", None)
+        if deepspeed is not None:
+            return "zero3" if int(deepspeed.zero_stage) == 3 else "zero2"
+        fsdp = getattr(state, "fsdp_plugin", None)
+        if fsdp is not None:
+            return "fsdp2" if getattr(fsdp, "fsdp_version", 1) == 2 else "fsdp1"
+        return "ddp" if self.accelerator.num_processes > 1 else "single"
+
+    def init_engine(self, ref_model: nn.Module | None) -> None:
+        """Called when the accelerator exists, before the reference is made or anything sharded.
+
+        Raises:
+            ValueError: FSDP version 1, or ranks that accelerate does not count.
+        """
+        refuse_uncounted_ranks(self.accelerator)
+        if self.engine in ("single", "ddp") and fsdp_was_asked_for(self.args):
+            logger.warning(
+                "FSDP was asked for, but accelerate uses it on accelerators only and runs %s here: "
+                "every rank holds the whole model.",
+                self.engine,
+            )
+        if self.engine == "fsdp1":
+            raise ValueError(
+                "FSDP version 1 flattens parameters, so a reference could not be sharded, averaged "
+                "or stored beside the policy: set fsdp_version: 2 in the accelerate config "
+                "(examples/accelerate/fsdp2.yaml)."
+            )
+        if self.engine == "fsdp2":
+            keep_results_exact(self.accelerator.state.fsdp_plugin)
+        if self.engine in ("zero2", "zero3"):
+            from dpo_fast.trainer.deepspeed import cast_early
+
+            cast_early(self.accelerator, self.args, self.model, ref_model)
+
+    def shard_reference(self) -> None:
+        """Give a reference that is a model of its own to the engine, as the policy will be."""
+        module = getattr(self.reference, "module", None)
+        if module is None or self.engine in ("single", "ddp"):
+            return
+        if self.engine == "fsdp2":
+            if self.reference.name == "frozen":
+                hold_as_computed(self.accelerator.state.fsdp_plugin, module)
+            shard_with_fsdp2(self.accelerator, module)
+        else:
+            from dpo_fast.trainer.deepspeed import place_reference
+
+            self._reference_engine = place_reference(
+                self.engine, self.accelerator, module, self.args
+            )
+        if self.is_world_process_zero():  # type: ignore[attr-defined]
+            logger.info("The reference is held as the policy is (%s).", self.engine)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; under FSDP2 also before training, for which accelerate would want an
+        optimizer.
+        """
+        if self.engine == "fsdp2" and not is_unit(self.model):
+            shard_with_fsdp2(self.accelerator, self.model)
+            self.accelerator._models.append(self.model)
+            self.model_wrapped = self.model
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; under FSDP2 with sharded checkpoints the model is written, too, when
+        it is asked for by name (transformers would write nothing).
+        """
+        sharded = self.engine == "fsdp2" and "FULL" not in str(
+            self.accelerator.state.fsdp_plugin.state_dict_type
+        )
+        if not sharded or _internal_call or not is_unit(self.model):
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        whole = self.accelerator.get_state_dict(self.model)  # on rank 0, in host memory
+        if self.args.should_save:
+            self._save(output_dir or self.args.output_dir, state_dict=whole)  # type: ignore[attr-defined]
+        self.accelerator.wait_for_everyone()
+
+
+def refuse_uncounted_ranks(accelerator: Any) -> None:
+    """Raise ValueError where more ranks were launched than accelerate counts."""
+    ranks = _world_size()
+    if ranks > accelerator.num_processes:
+        raise ValueError(
+            f"{ranks} ranks were launched and accelerate counts {accelerator.num_processes}, so "
+            "all of them would train on the same pairs (seen with DeepSpeed on a CPU): launch on "
+            "accelerators, or one process."
+        )
+
+
+def fsdp_was_asked_for(args: Any) -> bool:
+    """By the launcher's environment, or by ``TrainingArguments.fsdp``."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+def keep_results_exact(plugin: Any) -> None:
+    """Log-probs and losses leave the model in float32: accelerate's policy would round them to the
+    dtype of mixed precision (a log-prob of -300 by up to 1 in bf16).
+    """
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.output_dtype is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)
+
+
+@torch.no_grad()
+def hold_as_computed(plugin: Any, module: nn.Module) -> None:
+    """Weights that never move are held in the dtype that FSDP2 would cast them to in every forward:
+    the same values at half the memory and traffic.
+    """
+    policy = plugin.mixed_precision_policy
+    dtype = None if policy is None else policy.param_dtype
+    for param in module.parameters():
+        if (
+            dtype is not None
+            and param.is_floating_point()
+            and param.element_size() > dtype.itemsize
+        ):
+            param.data = param.data.to(dtype)
+
+
+def shard_with_fsdp2(accelerator: Any, module: nn.Module) -> None:
+    """``fully_shard`` by accelerate's plugin, layer by layer, in place."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    plugin = accelerator.state.fsdp_plugin
+    # which classes are layers is remembered from the first model, and the policy's may differ
+    layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    try:
+        fsdp2_prepare_model(accelerator, module)
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
+
+
+@torch.no_grad()
+def complete_weights(model: nn.Module, what: str) -> None:
+    """Every rank has all weights of ``model`` in host memory; a no-op where it has.
+
+    accelerate's ``fsdp_cpu_ram_efficient_loading`` leaves them on the meta device of all ranks but
+    the first, and DeepSpeed's ``zero.Init`` cuts them while they are loaded. Fingerprints, the
+    copy that becomes the reference, and the checks of head and layout need them whole; the engine
+    shards them afterwards.
+    """
+    if any(hasattr(param, "ds_id") for param in model.parameters()):
+        from dpo_fast.trainer.deepspeed import unpartition
+
+        logger.warning("%s: gathered from ZeRO-3's parts into the host memory of each rank.", what)
+        unpartition(model)
+        return
+    if _world_size() == 1:
+        return
+    device = torch.accelerator.current_accelerator() if _has_nccl() else torch.device("cpu")
+    absent = any(param.is_meta for param in model.parameters())
+    flag = torch.tensor(int(absent), device=device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    if not int(flag):
+        return
+    logger.warning("%s: broadcast from rank 0 into the host memory of each rank.", what)
+    for module in model.modules():
+        for name, param in list(module._parameters.items()):
+            if param is not None and param.is_meta:
+                empty = torch.empty_like(param, device="cpu")
+                module._parameters[name] = nn.Parameter(empty, requires_grad=param.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # type: ignore[operator]
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = tensor.detach().to(device)
+        torch.distributed.broadcast(moved, 0)
+        tensor.copy_(moved)
+
+
+def _world_size() -> int:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
+def _has_nccl() -> bool:
+    return "nccl" in str(torch.distributed.get_backend()) and torch.cuda.is_available()

@@ -63,6 +63,8 @@ class FastAxolotlDPOTrainer(TrlInterface, _BeforeAxolotl, BelowTrl):  # type: ig
         **kwargs: Any,
     ) -> None:
         config = DPOConfig.from_args(args)
+        if config is not args:
+            config.router_aux_loss_coef = _router_coef(model, config.router_aux_loss_coef)
         unknown = self.options.keys() - vars(config).keys()
         if unknown:
             raise ValueError(f"options has {sorted(unknown)}, which dpo_fast.DPOConfig does not.")
@@ -73,3 +75,11 @@ class FastAxolotlDPOTrainer(TrlInterface, _BeforeAxolotl, BelowTrl):  # type: ig
             config.precompute_ref_log_probs = precompute_ref_log_probs
         config.validate()
         super().__init__(model, ref_model, args=config, **kwargs)
+
+
+def _router_coef(model: Any, coef: float | None) -> float | None:
+    """TRL 1.9's default is a number, which counts where the model is set to report its routers."""
+    text = model.config.get_text_config()
+    if not hasattr(text, "output_router_logits"):
+        return None
+    return coef if text.output_router_logits else 0.0

@@ -73,7 +73,7 @@ class FusedDPOLoss(nn.Module):
             raise RuntimeError("call set_model_output(model) before the first forward")
         return self._projection[0]
 
-    def set_model_output(self, model: nn.Module) -> None:
+    def set_model_output(self, model: Any) -> None:
         """Let ``model(tokens)`` return hidden states ``[B, T, H]`` instead of logits.
 
         Raises:

@@ -1,10 +1,10 @@
 """TRL up to 0.28: its DPOTrainer's ``concatenated_forward`` and Liger class on the fused LM head.
 
-That is the TRL that Unsloth, ms-swift and LLaMA-Factory pin (0.24 and earlier). Its DPOTrainer
-scores policy and reference through one method, which makes the logits ``[2P, T, V]`` in float32
+Its DPOTrainer scores policy and reference through one method, which makes the logits ``[2P, T, V]``
 and returns a dict; the method here returns the same dict without them. With ``use_liger_loss=True``
 the trainer makes a ``LigerFusedLinearDPOLoss``, whose place :class:`dpo_fast.FusedLinearDPOLoss`
-takes.
+takes. Subclasses that override the method are not reached: LLaMA-Factory's has an adapter of its
+own, ms-swift's and the copy that Unsloth compiles have none. Known interface: TRL 0.24.0.
 
 TRL's own method goes on to do what needs the logits or is not text: encoder-decoder models, images,
 ``use_weighting`` and ``ld_alpha`` (both as TRL 0.24 defines them, which is not their papers'

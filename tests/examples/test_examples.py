@@ -57,7 +57,8 @@ def test_these_are_all() -> None:
         "trl_one_line",
     ]
     for name in SCRIPTS:
-        assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
+        text = (FOLDER / f"{name}.py").read_text()
+        assert len(text.splitlines()) < 60 and f"python examples/{name}.py [MODEL]" in text
 
 
 @pytest.mark.parametrize("name", ["quickstart", "lora", "raw_pytorch_loop", "lightning_module"])

@@ -27,6 +27,16 @@ def _unpatched() -> Iterator[None]:
     assert trl.DPOTrainer.concatenated_forward is METHOD
 
 
+@pytest.fixture
+def accelerate_state() -> Iterator[None]:
+    """accelerate keeps the first mixed precision of a process, in a variable and in a singleton."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 def outputs(made: Any, is_ref_model: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
     """The method's dict for the first batch, and the gradient of a sum of what carries one."""
     batch = next(iter(made.get_train_dataloader()))
@@ -113,7 +123,7 @@ def test_in_the_place_of_ligers_loss(loss_type: str) -> None:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_bf16_mixed_precision(prepared: bool) -> None:
+def test_bf16_mixed_precision(prepared: bool, accelerate_state: None) -> None:
     """accelerate's autocast holds although scoring goes past the forward that it wraps."""
 
     def made(bf16: bool) -> Any:

@@ -9,8 +9,11 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 CODE := setup.py $(wildcard dpo_fast kernels benchmarks tests examples)
 JOBS ?= 2
 ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
+# Old peers get environments of their own; the second is a folder in front of .venv's packages.
+TRL024 := .venv-trl024
+AXOLOTL := .venv-axolotl
 
-.PHONY: demo test test-faults check check-triton36 check-floors test-gpu bench bench-quick bench-gpu clean
+.PHONY: demo test test-faults test-integrations check check-triton36 check-floors test-gpu bench bench-quick bench-gpu clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
@@ -49,6 +52,10 @@ $(VENV)-floors/.ready: tests/floors.txt $(SOURCES)
 test-gpu:  ## correctness at real sizes; needs a CUDA device and an environment with torch; PARTS="head bits"
 	$(ONGPU) -m tests.gpu $(PARTS)
 
+test-integrations: $(TRL024)/.ready $(AXOLOTL)/.ready  ## against the frameworks that pin an older TRL
+	PYTHONPATH=.:kernels TORCHDYNAMO_DISABLE=1 $(TRL024)/bin/python -m pytest tests/integrations_trl024
+	PYTHONPATH=$(AXOLOTL):.:kernels $(BIN)/python -m pytest tests/integrations_axolotl
+
 bench: $(VENV)/.test  ## CPU benchmarks, against the naive loop and TRL
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.ema
@@ -82,5 +89,15 @@ $(VENV)/.deepspeed: $(VENV)/.test
 		deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $@
 
+$(TRL024)/.ready: tests/integrations_trl024/requirements.txt tests/integrations_trl024/no_deps.txt
+	$(PYTHON) -m venv $(TRL024)
+	$(TRL024)/bin/python -m pip --disable-pip-version-check install -q -r $<
+	$(TRL024)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r $(word 2,$^)
+	touch $@
+
+$(AXOLOTL)/.ready: tests/integrations_axolotl/no_deps.txt | $(VENV)/.test
+	$(PIP) install -q --no-deps --upgrade --target $(AXOLOTL) -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-floors build runs *.egg-info dpo_fast/_C.*
+	rm -rf $(VENV) $(VENV)-triton36 $(VENV)-floors $(TRL024) $(AXOLOTL) build runs *.egg-info dpo_fast/_C.*

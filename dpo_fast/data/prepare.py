@@ -1,6 +1,6 @@
 """Datasets of preference rows to datasets of token ids, ready for the collator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ def prepare_dataset(
     truncation_mode: str = "keep_start",
     num_proc: int | None = None,
     name: str = "train",
+    tokenise: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, PrepareReport]:
     """Tokenise a dataset of preference pairs and leave out those that nothing can be learned from.
 
@@ -44,6 +45,8 @@ def prepare_dataset(
         truncation_mode: ``"keep_start"`` or ``"keep_end"``.
         num_proc: processes that tokenise a ``Dataset``; None: this one.
         name: of the dataset, in messages and progress bars.
+        tokenise: adds the three token columns to a dataset of text, in place of what happens here;
+            not called for rows that have them.
 
     Returns:
         The dataset and a :class:`PrepareReport`. Pairs are dropped when truncation leaves an answer
@@ -63,20 +66,22 @@ def prepare_dataset(
         dataset.column_names,
     ):
         dataset = dataset.with_format(None)
-    sample = _sample(dataset, name)
+    given, sample = dataset, _sample(dataset, name)
     row_format = detect_format(sample[0][1].keys(), sample[0][1])
     _check_tokenizer(processing_class, row_format)
     if row_format.tokenised and row_format.has_text:
         _check_agreement(sample, processing_class, row_format)
+    if tokenise is not None and not row_format.tokenised:
+        dataset, row_format = tokenise(dataset), row_format._replace(tokenised=True)
     if stream:
         dataset = prepare_stream(dataset, processing_class, row_format, truncation, name)
         return dataset, PrepareReport(name, None, None)
-    count, example = 0, None
+    rows_in, count, example = len(given), 0, None
     if not row_format.tokenised:
         dataset, count, example = _tokenize(dataset, processing_class, row_format, num_proc, name)
         if example is not None:
             warn(prompt_warning(name, example, f"{count} of {len(dataset)} rows"))
-    return _drop(dataset, truncation, name, count, example)
+    return _drop(dataset, truncation, name, rows_in, count, example)
 
 
 def _is_stream(dataset: Any) -> bool:
@@ -184,16 +189,27 @@ def _check_agreement(
 
 
 def _drop(
-    dataset: Any, truncation: Truncation, name: str, prompt_count: int, prompt_example: str | None
+    dataset: Any,
+    truncation: Truncation,
+    name: str,
+    rows_in: int,
+    prompt_count: int,
+    prompt_example: str | None,
 ) -> tuple[Any, PrepareReport]:
+    if len(dataset) == 0:
+        raise ValueError(
+            f"{name}: its tokenisation left none of {rows_in} pairs with {truncation}: raise "
+            "max_length, or look at the rows"
+        )
     prompt, chosen, rejected = token_lengths(dataset)
     fault = truncation.fault(prompt, chosen, rejected)
     counts = {reason: int((fault == i).sum()) for i, reason in enumerate(REASONS)}
+    counts["the tokenisation left them out"] = rows_in - len(dataset)
     kept = fault < 0
     cut = np.maximum(truncation.excess(prompt, chosen), truncation.excess(prompt, rejected)) > 0
     report = PrepareReport(
         name=name,
-        rows_in=len(dataset),
+        rows_in=rows_in,
         rows_out=int(kept.sum()),
         dropped={reason: count for reason, count in counts.items() if count},
         truncated=int((cut & kept).sum()),
@@ -208,5 +224,6 @@ def _drop(
         )
     if report.dropped:
         warn(f"{report.describe()} ({truncation})")
+    if not kept.all():
         dataset = dataset.select(np.flatnonzero(kept))
     return dataset, report

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 # public name -> module that defines it
 _LAZY = {
     "EmaReferenceCallback": "dpo_fast.integrations.ema_callback",
+    "FastDPOTrainer": "dpo_fast.integrations.trl_trainer",
     "InterfaceChanged": "dpo_fast.integrations.interface",
     "LogprobsOutput": "dpo_fast.integrations.causal_lm",
     "Patch": "dpo_fast.integrations.patching",
@@ -20,6 +21,7 @@ _LAZY = {
 
 __all__ = [
     "EmaReferenceCallback",
+    "FastDPOTrainer",
     "InterfaceChanged",
     "LogprobsOutput",
     "Patch",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from dpo_fast.integrations.ema_callback import EmaReferenceCallback
     from dpo_fast.integrations.interface import InterfaceChanged
     from dpo_fast.integrations.patching import Patch, patch, unpatch
+    from dpo_fast.integrations.trl_trainer import FastDPOTrainer
 
 
 def __getattr__(name: str) -> Any:

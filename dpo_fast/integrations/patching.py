@@ -1,12 +1,18 @@
 """``dpo_fast.patch("trl")``: speeds up a library in use, for good or in a ``with`` block."""
 
 import logging
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 logger = logging.getLogger("dpo_fast")
 
-TARGETS = ("trl",)
+# target -> modules of this package that know a version of it
+TARGETS = {
+    "trl": ("trl", "trl_classic"),
+    "llamafactory": ("llamafactory",),
+    "openrlhf": ("openrlhf",),
+}
 
 
 class Patch:
@@ -43,7 +49,9 @@ def patch(target: str, *, backend: str = "auto") -> Patch:
     Args:
         target: ``"trl"``: the chunked log-probabilities that TRL's DPO, KTO, SFT, GRPO and RLOO
             trainers share, whether these were made before the call or after it. Values and
-            gradients stay TRL's up to rounding; see :mod:`dpo_fast.integrations.trl`.
+            gradients stay TRL's up to rounding; see :mod:`dpo_fast.integrations.trl`. In TRL up to
+            0.28: its DPOTrainer alone; see :mod:`dpo_fast.integrations.trl_classic`.
+            ``"llamafactory"``, ``"openrlhf"``: see the modules of these names.
         backend: of :func:`dpo_fast.functional.linear_logprobs`; a name is obeyed or refused when
             the first batch is scored.
 
@@ -55,7 +63,7 @@ def patch(target: str, *, backend: str = "auto") -> Patch:
         InterfaceChanged: the library has another interface than the tested one. Nothing was
             patched.
     """
-    module = _module(target)
+    module = _for_the_installed_version(_modules(target))
     applied = module.apply(backend)
     if applied:
         logger.info("dpo_fast.patch(%r): %s", target, module.describe())
@@ -70,12 +78,16 @@ def unpatch(target: str) -> None:
     Raises:
         ValueError: an unknown target.
     """
-    _module(target).restore()
+    for module in _modules(target):
+        module.restore()
 
 
-def _module(target: str) -> ModuleType:
+def _modules(target: str) -> list[ModuleType]:
     if target not in TARGETS:
         raise ValueError(f"target={target!r} must be one of {', '.join(map(repr, TARGETS))}.")
-    from dpo_fast.integrations import trl
+    return [import_module(f"dpo_fast.integrations.{name}") for name in TARGETS[target]]
 
-    return trl
+
+def _for_the_installed_version(modules: list[ModuleType]) -> ModuleType:
+    """The one that says it knows the version; the newest, whose probe names what is missing."""
+    return next((module for module in modules if module.knows()), modules[0])

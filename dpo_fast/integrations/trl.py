@@ -144,6 +144,11 @@ class _EntropyGradient(torch.autograd.Function):
         return (None, *grads, None, None)
 
 
+def knows() -> bool:
+    """Whether this TRL has the function."""
+    return hasattr(_trl_utils(), NAME)
+
+
 def apply(backend: str) -> bool:
     """Put the adapter in place; False if it was there already. See ``dpo_fast.patch``."""
     utils = _trl_utils()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from dpo_fast.checkpoint import (
     CheckpointError,
@@ -142,6 +141,9 @@ class CheckpointingMixin:
             if is_main:
                 write_model_card(stage.folder, self)
         if self.args.should_save:
+            # not in transformers 4, where this module is imported all the same
+            from transformers.trainer_utils import rotate_checkpoints
+
             rotate_checkpoints(
                 output_dir=run_dir,
                 save_total_limit=self.args.save_total_limit,

@@ -87,7 +87,7 @@ class Trainer(
 
     Raises:
         ValueError, TypeError: a wrong argument or combination, with the remedy, before any work.
-        ImportError: transformers is older than 5.17.
+        ImportError: transformers is older than 5.16.
     """
 
     _tag_names = ("trl", "dpo", "dpo_fast")

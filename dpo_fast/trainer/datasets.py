@@ -3,6 +3,7 @@ computed beforehand.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -77,11 +78,16 @@ class DatasetsMixin:
             truncation_mode=args.truncation_mode,
             num_proc=args.dataset_num_proc,
             name=name,
+            tokenise=self.tokenise_with(name),
         )
         self.prepare_reports[name] = report
         if hasattr(prepared, "__len__"):  # a stream is checked batch by batch, by the LM head
             check_token_range(prepared, self._vocab_size, name)
         return prepared
+
+    def tokenise_with(self, name: str) -> Callable[[Any], Any] | None:
+        """What tokenises the dataset ``name``; None: :func:`prepare_dataset` itself."""
+        return None
 
     def prepare_eval(self, dataset: Any) -> Any:
         """One evaluation set or a dict of them, prepared; None stays None."""

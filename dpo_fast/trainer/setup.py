@@ -283,7 +283,7 @@ def refuse_cut_sequences(accelerator: Any) -> None:
 
 
 def require_transformers() -> None:
-    """The trainer needs hooks of transformers 5.17; the ops work below.
+    """The trainer needs hooks of transformers 5.16; the ops work below.
 
     Raises:
         ImportError: with the version found and the remedy.
@@ -291,10 +291,10 @@ def require_transformers() -> None:
     import transformers
     from packaging.version import Version
 
-    if Version(transformers.__version__) < Version("5.17.0"):
+    if Version(transformers.__version__) < Version("5.16.0"):
         raise ImportError(
-            f"dpo_fast.Trainer needs transformers >= 5.17, found {transformers.__version__}: pip "
+            f"dpo_fast.Trainer needs transformers >= 5.16, found {transformers.__version__}: pip "
             "install -U "
-            "'transformers>=5.17'. dpo_fast.functional, losses and integrations work with 4.56 and "
+            "'transformers>=5.16'. dpo_fast.functional, losses and integrations work with 4.56 and "
             "later."
         )

@@ -15,7 +15,12 @@ from tests.tiny import save_tiny
 
 FOLDER = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "offline")
-NEEDS = {"trl_one_line": "trl", "lora": "peft", "tr_dpo_adapter": "peft"}
+NEEDS = {
+    "trl_one_line": "trl",
+    "lora": "peft",
+    "tr_dpo_adapter": "peft",
+    "lightning_module": "lightning",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +41,15 @@ def shorten(monkeypatch: pytest.MonkeyPatch, steps: int, pairs: int) -> None:
 
 def run(name: str, *arguments: str) -> Any:
     """``main`` of an example, in this process."""
-    pytest.importorskip(NEEDS.get(name, "dpo_fast"))
+    needed = NEEDS.get(name, "dpo_fast")
+    pytest.importorskip(needed, reason=f"{needed} is not installed: pip install {needed}")
     return runpy.run_path(str(FOLDER / f"{name}.py"))["main"](*arguments)
 
 
 def test_these_are_all() -> None:
     assert SCRIPTS == [
         "fsdp2_two_processes",
+        "lightning_module",
         "lora",
         "precomputed_sweep",
         "quickstart",
@@ -51,10 +58,11 @@ def test_these_are_all() -> None:
         "trl_one_line",
     ]
     for name in SCRIPTS:
-        assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
+        text = (FOLDER / f"{name}.py").read_text()
+        assert len(text.splitlines()) < 60 and f"python examples/{name}.py [MODEL]" in text
 
 
-@pytest.mark.parametrize("name", ["quickstart", "lora", "raw_pytorch_loop"])
+@pytest.mark.parametrize("name", ["quickstart", "lora", "raw_pytorch_loop", "lightning_module"])
 def test_training_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch, 12, 96)
     assert run(name) > 0.5

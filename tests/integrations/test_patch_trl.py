@@ -64,7 +64,9 @@ def test_another_backend_needs_an_unpatch() -> None:
 
 def test_unknown_target() -> None:
     for function in (dpo_fast.patch, dpo_fast.unpatch):
-        with pytest.raises(ValueError, match="'liger' must be one of 'trl'"):
+        with pytest.raises(
+            ValueError, match="'liger' must be one of 'trl', 'llamafactory', 'openrlhf'"
+        ):
             function("liger")
 
 

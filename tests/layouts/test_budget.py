@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_fast.bench.workload import LENGTHS, make_rows
 from dpo_fast.batch import PlannedCollator, TokenPlan
+from dpo_fast.bench.workload import LENGTHS, make_rows
 from dpo_fast.layouts import (
     PackedCollator,
     SharedPrefixCollator,

@@ -93,9 +93,11 @@ class EnginesMixin:
         """
         if not self.accelerator._models:
             if self.engine == "fsdp2":
-                shard_with_fsdp2(self.accelerator, self.model)
-                self.accelerator._models.append(self.model)
-                self.model_wrapped = self.model
+                # the plugin checkpoints layers before it shards them: left to train() then
+                if not self.accelerator.state.fsdp_plugin.activation_checkpointing:
+                    shard_with_fsdp2(self.accelerator, self.model)
+                    self.accelerator._models.append(self.model)
+                    self.model_wrapped = self.model
             elif self.engine == "ddp":
                 self._wrap_model(self.model)  # type: ignore[attr-defined]  # DDP's arguments
                 self.model_wrapped = self.accelerator.prepare(self.model)

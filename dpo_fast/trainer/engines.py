@@ -86,13 +86,21 @@ class EnginesMixin:
             logger.info("The reference is held as the policy is (%s).", self.engine)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; under FSDP2 also before training, for which accelerate would want an
-        optimizer.
+        """As in transformers; before training the model is given to the engine first.
+
+        Otherwise accelerate would want an optimizer under FSDP2, and under DDP it would take the
+        model for prepared and never wrap it: the ranks would then train apart, without a word.
         """
-        if self.engine == "fsdp2" and not is_unit(self.model):
-            shard_with_fsdp2(self.accelerator, self.model)
-            self.accelerator._models.append(self.model)
-            self.model_wrapped = self.model
+        if not self.accelerator._models:
+            if self.engine == "fsdp2":
+                # the plugin checkpoints layers before it shards them: left to train() then
+                if not self.accelerator.state.fsdp_plugin.activation_checkpointing:
+                    shard_with_fsdp2(self.accelerator, self.model)
+                    self.accelerator._models.append(self.model)
+                    self.model_wrapped = self.model
+            elif self.engine == "ddp":
+                self._wrap_model(self.model)  # type: ignore[attr-defined]  # DDP's arguments
+                self.model_wrapped = self.accelerator.prepare(self.model)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

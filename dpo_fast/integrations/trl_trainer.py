@@ -18,7 +18,7 @@ from dpo_fast.integrations.interface import InterfaceChanged, check_parameters
 from dpo_fast.metrics import MetricBuffer
 from dpo_fast.reference import PrecomputedReference
 from dpo_fast.trainer import Trainer
-from dpo_fast.trainer.objective import BatchCounts
+from dpo_fast.trainer.counts import BatchCounts
 
 try:
     import trl
@@ -87,8 +87,8 @@ class BelowTrl(trl.DPOTrainer):
 class TrlMetrics(MetricBuffer):
     """dpo_fast's sums, and TRL's ``_metrics[mode][key]`` lists for what a subclass adds."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._lists: dict[str, defaultdict[str, list[float]]] = {
             "train": defaultdict(list),
             "eval": defaultdict(list),
@@ -108,6 +108,7 @@ class TrlInterface(Trainer):
     """What code written for TRL's DPOTrainer calls, reads and overrides, on dpo_fast's step."""
 
     _is_vlm = _is_vision_dataset = False
+    metric_buffer = TrlMetrics
     _metrics: TrlMetrics
     _counts: BatchCounts | None = None
 
@@ -168,11 +169,6 @@ class TrlInterface(Trainer):
         return self.attach(dataset, name)
 
     # -- logs --------------------------------------------------------------------------------------
-
-    def init_logs(self) -> None:
-        """With a buffer that is TRL's ``_metrics`` as well."""
-        super().init_logs()
-        self._metrics = TrlMetrics(self._metrics.reduce)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in ``dpo_fast.Trainer``, with the means of what subclasses put into ``_metrics``."""

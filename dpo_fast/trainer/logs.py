@@ -20,10 +20,12 @@ class LogsMixin:
     model: Any
     state: Any
 
+    metric_buffer: type[MetricBuffer] = MetricBuffer
+
     def init_logs(self) -> None:
         """Called once, when the accelerator exists."""
         ranks = self.accelerator.num_processes
-        self._metrics = MetricBuffer(
+        self._metrics = self.metric_buffer(
             None if ranks == 1 else self._sum_over_ranks,
             rank=self.accelerator.process_index,
             num_ranks=ranks,

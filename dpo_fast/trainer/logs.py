@@ -82,10 +82,13 @@ class LogsMixin:
     def _refuse_nonfinite(self, found: Sequence[NonFinite]) -> None:
         if not found or self.args.logging_nan_inf_filter or self.args.fp16:
             return  # fp16's loss scaler skips such steps by itself
-        where = ", ".join(f"rank {rank} at step {step}" for rank, step in found[:8])
-        more = f" and {len(found) - 8} more ranks" if len(found) > 8 else ""
+        first = min(step for _, step in found)
+        ranks = [str(rank) for rank, step in found if step == first]
+        later = len(found) - len(ranks)
+        more = f", later on {later} more" if later else ""
         raise FloatingPointError(
-            f"The loss was NaN or infinite on {where}{more} (the first time since the last log). "
+            f"The loss was NaN or infinite at step {first} on rank {', '.join(ranks[:8])}"
+            f"{' and others' if len(ranks) > 8 else ''}{more}. "
             "Lower the learning rate or max_grad_norm, look at the rows of that step, or train in "
             "fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True goes on "
             "regardless."

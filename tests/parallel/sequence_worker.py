@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
@@ -22,24 +21,44 @@ from dpo_fast.models import Head, forward_scored, install_scoring
 from tests.layouts.compare import AWKWARD, collators
 from tests.tiny import tiny_model
 
-LOSSES = (["sigmoid"], ["sigmoid", "sft"], ["ipo"], ["sigmoid_norm"], ["aot"])
+# name -> (losses, WPO's weights)
+LOSSES = {
+    "sigmoid": (["sigmoid"], False),
+    "sigmoid, wpo": (["sigmoid"], True),
+    "sigmoid + sft": (["sigmoid", "sft"], False),
+    "ipo": (["ipo"], False),
+    "sigmoid_norm, wpo": (["sigmoid_norm"], True),
+    "aot": (["aot"], False),
+}
 POSITIONS: list[Tensor] = []  # [2P, T / 2] of this rank
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' positions one after the other; each rank's gradient is summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size(), dim=2)[dist.get_rank()]
 
 
 def gathered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Causal attention of this rank's positions to those of all ranks."""
-
-    def all_of(tensor: Tensor, dim: int) -> Tensor:
-        return torch.cat(dist_nn.all_gather(tensor.contiguous()), dim=dim)
-
     mine = POSITIONS[-1]
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     groups = query.shape[1] // key.shape[1]
-    k = all_of(key, 2).repeat_interleave(groups, 1)
-    v = all_of(value, 2).repeat_interleave(groups, 1)
+    k = _GatherRows.apply(key.contiguous()).repeat_interleave(groups, 1)
+    v = _GatherRows.apply(value.contiguous()).repeat_interleave(groups, 1)
     scores = query @ k.transpose(2, 3) * kwargs["scaling"]
     later = torch.cat(everyone, 1)[:, None, None, :] > mine[:, None, :, None]
     return (scores.masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2), None
@@ -47,7 +66,7 @@ def gathered_attention(
 
 def step(model: Any, batch: dict[str, Any], loss: list[str], group: Any, wpo: bool) -> Any:
     plan = TokenPlan.from_batch(batch)
-    lens = sum_over_ranks(torch.tensor(plan.completion_lens, dtype=torch.float32), group)
+    lens = sum_over_ranks(torch.tensor(plan.seq_lens, dtype=torch.float32), group)
     chosen_len, rejected_len = lens.chunk(2)
 
     def score(hidden: Tensor, head: Head) -> FusedDPOOutput:
@@ -101,13 +120,12 @@ def sequence_cells(rank: int) -> dict[str, Any]:
     for model in (plain, cut):
         install_scoring(model)
     cells = {}
-    for loss in LOSSES:
-        for wpo in (False, True):
-            found, grads = step(cut, parts, loss, mesh.get_group(), wpo)
-            for grad in grads.values():
-                dist.all_reduce(grad)
-            right, expected = step(plain, batch, loss, None, wpo)
-            cells[" ".join((*loss, "wpo" if wpo else ""))] = (found, right, grads, expected)
+    for name, (loss, wpo) in LOSSES.items():
+        found, grads = step(cut, parts, loss, mesh.get_group(), wpo)
+        for grad in grads.values():
+            dist.all_reduce(grad)
+        right, expected = step(plain, batch, loss, None, wpo)
+        cells[name] = (found, right, grads, expected)
     plan = TokenPlan.from_batch(parts)
     dist.destroy_process_group()
     return {

@@ -10,7 +10,7 @@ from dpo_fast.bench.training.arithmetic import parameters_of, tokens_of
 from dpo_fast.bench.workload import ModelShape, make_rows
 
 SHAPES = {
-    ("cpu", False): ModelShape(256, 4, 4, 16_000),
+    ("cpu", False): ModelShape(192, 3, 3, 8_000),
     ("cpu", True): ModelShape(64, 2, 2, 2000),
     ("cuda", False): ModelShape(896, 24, 14, 151_936),
     ("cuda", True): ModelShape(256, 4, 4, 32_000),

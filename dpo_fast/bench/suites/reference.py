@@ -16,7 +16,7 @@ from dpo_fast.bench.training.references import (
 from dpo_fast.bench.workload import LENGTHS, ModelShape, make_rows
 
 SHAPES = {
-    ("cpu", False): (ModelShape(256, 4, 4, 16_000), 4),
+    ("cpu", False): (ModelShape(192, 3, 3, 8_000), 4),
     ("cpu", True): (ModelShape(64, 2, 2, 2000), 2),
     ("cuda", False): (ModelShape(896, 24, 14, 151_936), 16),
     ("cuda", True): (ModelShape(256, 4, 4, 32_000), 4),
@@ -58,4 +58,4 @@ def _case(strategy: str, settings: Settings) -> Case:
         )
 
     axes = {"pairs": float(pairs), "V": float(shape.vocab), "H": float(shape.hidden)}
-    return Case(strategy, axes, build, rounds=settings.rounds or (None if settings.quick else 5))
+    return Case(strategy, axes, build, rounds=settings.rounds or (None if settings.quick else 4))

@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": Command(
         "dpo_fast.cli.demo", "a small model, all four references, a table and a picture; offline"
     ),
+    "bench": Command("dpo_fast.cli.bench", "dpo_fast against the naive path and its peers"),
     "doctor": Command(
         "dpo_fast.cli.doctor", "what runs here and why, what is missing, and a numerical self-check"
     ),

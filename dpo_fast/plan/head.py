@@ -141,11 +141,14 @@ def _chunked(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int
 
 def _triton(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int, int]:
     """The Triton kernels: E in the weight's dtype, float32 ``E W``, partial sums by tile."""
+    from dpo_fast_kernels.engine import LOGITS_BYTES
     from dpo_fast_kernels.head import GROUP_BYTES
     from dpo_fast_kernels.scoring import ROW_BLOCK
 
     row = backend.row_bytes(LinearHead(weight, None, None, 1.0, None))
     room = rows * row if needs.head else min(rows * row, max(GROUP_BYTES, row))
+    if weight.dtype != torch.bfloat16:  # through a chunk of float32 logits
+        room += min(LOGITS_BYTES, 4 * rows * weight.shape[0])
     partial_sums = 2 * 4 * min(rows, ROW_BLOCK) * -(-weight.shape[0] // 128)
     matrices = _matrix(weight, rows)  # E W in float32
     if needs.weight:

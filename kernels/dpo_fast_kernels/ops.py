@@ -330,10 +330,13 @@ def _(
             return hidden.new_empty(0)
         return hidden.new_empty(of.shape, dtype=dtype)
 
+    # of a stored head the bias itself is not handed on: only its size matters, which is V
+    column = weight[:, 0]
+
     return (
         like(want.hidden, hidden, hidden.dtype),
         like(want.weight, weight, weight.dtype),
-        like(want.bias, bias, torch.float32),
+        like(want.bias, column, torch.float32),
         like(want.lora_a, lora_a, torch.float32),
         like(want.lora_b, lora_b, torch.float32),
     )

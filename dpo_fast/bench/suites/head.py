@@ -115,4 +115,4 @@ def _case(
         )
 
     axes = {axis: float(getattr(shape, field)) for axis, field in AXES.items()}
-    return Case(name, axes, build, curves, settings.rounds or rounds)
+    return Case(name, axes, build, curves, settings.rounds_of(rounds))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -118,6 +119,9 @@ def _run_suite(
 def run_case(case: Case, settings: Settings, ceilings: dict[torch.dtype, Ceilings]) -> Result:
     """One case as it stands in the JSON; ``ceilings`` measured in this call are used again."""
     contest = case.build()
+    notes = dict(contest.notes)
+    if hasattr(os, "getloadavg"):
+        notes["load average"] = round(os.getloadavg()[0], 1)  # others on this machine
     if contest.dtype not in ceilings:
         ceilings[contest.dtype] = measure_ceilings(settings.device, contest.dtype, settings.quick)
     rows = compare(contest, case.rounds or settings.default_rounds, settings.device)
@@ -132,7 +136,7 @@ def run_case(case: Case, settings: Settings, ceilings: dict[torch.dtype, Ceiling
     found = {
         "axes": dict(case.axes),
         "curves": list(case.curves),
-        "notes": dict(contest.notes),
+        "notes": notes,
         "limits": {name: contest.gate.limit(name) for name in contest.gate.soft},
         "ceilings": top._asdict(),
         "floor_seconds": floor or None,

@@ -12,7 +12,7 @@ class Settings:
     Attributes:
         device: "cpu" or "cuda".
         quick: small sizes and few rounds; the numbers show that it works, not how fast it is.
-        rounds: timed steps of each variant; None: 3 if quick, else 7.
+        rounds: timed steps of each variant; None: 2 if quick, else 7.
     """
 
     device: str = "cpu"
@@ -27,4 +27,8 @@ class Settings:
     @property
     def default_rounds(self) -> int:
         """Rounds of a case that names none."""
-        return self.rounds or (3 if self.quick else 7)
+        return self.rounds or (2 if self.quick else 7)
+
+    def rounds_of(self, full: int | None) -> int | None:
+        """Rounds of a case that takes ``full`` of them in a full run; None: the run's."""
+        return self.rounds or (None if self.quick else full)

@@ -51,5 +51,5 @@ def _case(
         axes,
         lambda: training_contest(shape, rows, VARIANTS, settings.device, settings.dtype),
         curves,
-        settings.rounds or (3 if curves else None),
+        settings.rounds_of(3 if curves else None),
     )

@@ -60,4 +60,4 @@ def _case(name: str, pairs: int, share: float, settings: Settings, curves: tuple
         )
 
     axes = {"pairs": float(pairs), "prompt share": prompt / (prompt + answers)}
-    return Case(name, axes, build, curves, settings.rounds or (5 if len(curves) > 1 else 3))
+    return Case(name, axes, build, curves, settings.rounds_of(5 if len(curves) > 1 else 3))

@@ -58,4 +58,4 @@ def _case(strategy: str, settings: Settings) -> Case:
         )
 
     axes = {"pairs": float(pairs), "V": float(shape.vocab), "H": float(shape.hidden)}
-    return Case(strategy, axes, build, rounds=settings.rounds or (None if settings.quick else 4))
+    return Case(strategy, axes, build, rounds=settings.rounds_of(4))

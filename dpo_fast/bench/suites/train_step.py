@@ -57,5 +57,5 @@ def _case(
         {"pairs": float(pairs), "V": float(shape.vocab), "H": float(shape.hidden)},
         lambda: training_contest(shape, rows, variants, settings.device, settings.dtype),
         curves,
-        settings.rounds or rounds,
+        settings.rounds_of(rounds),
     )

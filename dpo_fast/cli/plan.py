@@ -99,10 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     ):
         ways.add_argument(f"--{name}", nargs="+", choices=choices, default=default)
     data = parser.add_argument_group("the pairs: numbers of tokens, or a data set with --tokenizer")
-    for name, default in (("prompt", 256), ("chosen", 256), ("rejected", 256)):
+    for name, tokens in (("prompt", 256), ("chosen", 256), ("rejected", 256)):
         text = "tokens of an answer" if name != "prompt" else "tokens of a prompt"
         text += "; several numbers are taken in turn"
-        data.add_argument(f"--{name}_tokens", type=int, nargs="+", default=[default], help=text)
+        data.add_argument(f"--{name}_tokens", type=int, nargs="+", default=[tokens], help=text)
     data.add_argument("--dataset_name", default=None, help="pairs, as in `dpo-fast train`")
     data.add_argument("--dataset_train_split", default="train", help="split, or a slice of one")
     data.add_argument("--tokenizer", default=None, help="for --dataset_name; default: MODEL's")

@@ -136,7 +136,7 @@ def inspect_dataset(
         prompt_not_prefix=report.prompt_not_prefix or 0,
         prompt_example=report.prompt_example,
         **_repetitions(prepared),
-        ties_after_truncation=_hidden_ties(prepared, np.flatnonzero(cut), collator),
+        ties_after_truncation=_hidden_ties(prepared, np.flatnonzero(cut).tolist(), collator),
         lengths={
             "prompt": prompt,
             "chosen": chosen,

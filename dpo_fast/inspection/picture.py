@@ -52,7 +52,7 @@ def _parts(axes: "Axes", found: Inspection) -> None:
     """Histograms of prompt, chosen and rejected over common bins."""
     values = {name: found.lengths[name] for name in COLORS}
     top = max(1, *(int(np.quantile(v, 0.995)) for v in values.values()))
-    edges = np.unique(np.linspace(0, top + 1, min(_BINS, top + 1) + 1).astype(int))
+    edges = np.unique(np.linspace(0, top + 1, min(_BINS, top + 1) + 1).astype(int)).tolist()
     for name, numbers in values.items():
         shown = np.minimum(numbers, top)  # the last bin holds what is longer
         median = int(np.median(numbers))

@@ -195,7 +195,7 @@ class _Planner:
         # One product of the head scores the reference.
         reference_pass = (reference.reference_flops + reference.head_flops) / rate
         # AdamW reads weight, gradient and both states, and writes weight and states.
-        moved = (2 + 2 * ADAMW_STATES + 1) * self.model.trained_bytes
+        moved: float = (2 + 2 * ADAMW_STATES + 1) * self.model.trained_bytes
         if setting.reference == "ema":  # reads both, writes the reference
             moved += 3 * self.model.trained_bytes / run.sync_steps
         seconds = {

@@ -66,7 +66,12 @@ class FakeModel:
             return fakes[id(tensor)]
 
         for module in self.module.modules():
-            for table in (module._parameters, module._buffers, module.__dict__):
+            tables: tuple[dict[str, Any], ...] = (
+                module._parameters,
+                module._buffers,
+                module.__dict__,
+            )
+            for table in tables:
                 for name, value in table.items():
                     if isinstance(value, Tensor):
                         table[name] = fake(value)

@@ -127,9 +127,7 @@ class _Step:
             if isinstance(value, Tensor):
                 memory.add(value)
         handles = [
-            p.register_post_accumulate_grad_hook(
-                lambda p: memory.rename(p.grad, "gradients")  # type: ignore[arg-type]
-            )
+            p.register_post_accumulate_grad_hook(lambda p: memory.rename(p.grad, "gradients"))
             for p in self.model.trained()
         ]
         if self.options.accumulates:
@@ -204,7 +202,7 @@ class _HeadSizes(torch.autograd.Function):
         tensors = (hidden, weight, *lora)
         with no_autocast(hidden), step.memory.part("head"):
             room = torch.empty(sizes.room, dtype=torch.uint8)
-            grads = [_wide(hidden)]
+            grads: list[Tensor | None] = [_wide(hidden)]
             rows = torch.empty(sizes.rows, dtype=torch.uint8)
             trained = zip(tensors[1:], wants[1:], strict=True)
             grads += [_wide(t) if wanted else None for t, wanted in trained]

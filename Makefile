@@ -21,7 +21,7 @@ demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategie
 test: $(VENV)/.test $(VENV)/.deepspeed  ## everything that needs no GPU
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
-test-faults: $(VENV)/.test  ## 50 random kills of a training (5 are in `make test`); about 10 minutes
+test-faults: $(VENV)/.test  ## 50 random kills of a training (5 are in `make test`)
 	DPO_FAST_KILLS=50 $(BIN)/python -m pytest -n $(JOBS) --dist load tests/faults/test_random_kills.py
 
 check: $(VENV)/.test  ## lint, format, types

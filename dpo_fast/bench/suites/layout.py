@@ -6,7 +6,7 @@ from dpo_fast.bench.training.contest import training_contest
 from dpo_fast.bench.workload import LENGTHS, Lengths, ModelShape, make_rows
 
 VARIANTS = ("naive", "TRL", "dpo_fast", "dpo_fast packed", "dpo_fast shared_prefix")
-SHARES = {False: (0.0, 0.25, 0.5, 0.65, 0.8, 0.9), True: (0.0, 0.5, 0.8)}
+SHARES = {False: (0.0, 0.25, 0.5, 0.65, 0.8, 0.9), True: (0.0, 0.8)}
 PAIRS = {False: (1, 2, 4, 8), True: (1, 2)}
 CHOSEN, REJECTED = LENGTHS["2:1"].chosen, LENGTHS["2:1"].rejected
 SHAPES = {

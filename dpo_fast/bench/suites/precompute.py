@@ -17,8 +17,8 @@ SHAPES = {
 }
 PAIRS = {("cpu", False): 16, ("cpu", True): 8, ("cuda", False): 512, ("cuda", True): 64}
 BATCH = {"cpu": 4, "cuda": 16}
-MORE_PAIRS = {False: (0.5, 2.0), True: (0.5, 2.0)}
-SHARES = {False: (0.0, 0.75), True: (0.0, 0.8)}
+MORE_PAIRS = {False: (0.5, 2.0), True: (0.5,)}
+SHARES = {False: (0.0, 0.75), True: (0.8,)}
 BASE_SHARE = 0.5
 
 

@@ -18,7 +18,7 @@ BASE = {
 FIELDS = {"V": "vocab", "H": "hidden"}
 CURVES: dict[tuple[str, bool], dict[str, tuple[int, ...]]] = {
     ("cpu", False): {"V": (8_000, 64_000), "H": (192, 768), "pairs": (1, 2, 8)},
-    ("cpu", True): {"V": (500, 1_000), "H": (16, 32), "pairs": (1, 4)},
+    ("cpu", True): {"V": (500,), "H": (16,), "pairs": (1,)},
     ("cuda", False): {"V": (32_000, 64_000), "H": (448, 1792), "pairs": (4, 32)},
     ("cuda", True): {"V": (8_000, 16_000), "H": (64, 128), "pairs": (1, 8)},
 }

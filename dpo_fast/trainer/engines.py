@@ -95,7 +95,7 @@ class EnginesMixin:
             if self.engine == "fsdp2":
                 # the plugin checkpoints layers before it shards them: left to train() then
                 if not self.accelerator.state.fsdp_plugin.activation_checkpointing:
-                    shard_with_fsdp2(self.accelerator, self.model)
+                    shard_with_fsdp2(self.accelerator, self.model, remember=True)
                     self.accelerator._models.append(self.model)
                     self.model_wrapped = self.model
             elif self.engine == "ddp":
@@ -160,8 +160,12 @@ def hold_as_computed(plugin: Any, module: nn.Module) -> None:
             param.data = param.data.to(dtype)
 
 
-def shard_with_fsdp2(accelerator: Any, module: nn.Module) -> None:
-    """``fully_shard`` by accelerate's plugin, layer by layer, in place."""
+def shard_with_fsdp2(accelerator: Any, module: nn.Module, *, remember: bool = False) -> None:
+    """``fully_shard`` by accelerate's plugin, layer by layer, in place.
+
+    ``remember``: the plugin keeps the classes of this model's layers; they are not found again by
+    name in a model that is sharded.
+    """
     from accelerate.utils import fsdp2_prepare_model
 
     plugin = accelerator.state.fsdp_plugin
@@ -170,7 +174,8 @@ def shard_with_fsdp2(accelerator: Any, module: nn.Module) -> None:
     try:
         fsdp2_prepare_model(accelerator, module)
     finally:
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
+        if not remember:
+            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
 
 
 @torch.no_grad()

@@ -1,9 +1,7 @@
 """One rank: what FSDP2 holds gathered at each moment of a step, policy and frozen reference.
 
 Gathered bytes are those of parameters that are not shards, looked at before and after every
-decoder layer and every model, forwards and backwards. The peak of the reference's pass is that of
-all memory that torch takes in it, after every operation: gathered weights, the buffers of the
-gathers, activations.
+decoder layer and every model, forwards and backwards.
 """
 
 import copy
@@ -35,7 +33,6 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, float]:
     trainer = build(spec["ranks"], overrides)
     models = [trainer.model, trainer.ref_model]
     gathered = Gathered(models)
-    peak = watch_reference(trainer.reference)
     whole = cells.whole(trainer.model)
     trainer.train()
     check_engine(trainer, "fsdp2", spec["ranks"])
@@ -45,7 +42,6 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, float]:
         "root": sum(t.nbytes for n, t in whole.items() if ".layers." not in n),
         "model": sum(t.nbytes for t in whole.values()),
         "gathered": gathered.most,
-        "reference_pass": max(peak),
         "looks": gathered.looks,
         "example": run_example(spec["folder"]),
     }
@@ -122,22 +118,3 @@ class Gathered:
             if not isinstance(p, DTensor)
         }
         self.most = max(self.most, sum(held.values()))
-
-
-def watch_reference(reference: Any) -> list[int]:
-    """The peak of each pass of the reference, beyond what was in use before it."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    peaks: list[int] = []
-    run = reference._run
-
-    def measured(*args: Any) -> Any:
-        tracker = MemTracker()
-        with tracker:
-            out = run(*args)
-        snapshot = tracker.get_tracker_snapshot("peak")
-        peaks.append(max(int(device["Total"]) for device in snapshot.values()))
-        return out
-
-    reference._run = measured
-    return peaks

@@ -8,8 +8,6 @@ import pytest
 
 from tests.distributed.launch import launch
 
-WORKSPACE = 1 << 18  # activations of a handful of tokens
-
 
 def test_gathered_weights_and_the_example(tmp_path: Path) -> None:
     spec = {"engine": "fsdp2", "ranks": 2, "folder": str(tmp_path)}
@@ -18,7 +16,6 @@ def test_gathered_weights_and_the_example(tmp_path: Path) -> None:
         assert allowed < 0.7 * found["model"]  # else one root gather of the reference would pass
         assert found["looks"] > 60
         assert found["layer"] <= found["gathered"] <= allowed
-        assert found["layer"] <= found["reference_pass"] <= allowed + WORKSPACE
         assert found["example"] == pytest.approx(0.5, abs=0.01)
     saved = tmp_path / "runs" / "fsdp2" / "model"
     assert (saved / "model.safetensors").is_file() and (saved / "config.json").is_file()

@@ -41,6 +41,7 @@ PARTS = {
     "fused": Part(("tests/kernels/test_gpu_fused.py",)),
     "traced": Part(("tests/kernels/test_gpu_traced.py",)),
     "large": Part(("tests/kernels/test_gpu_large.py",)),
+    "batch": Part(("tests/test_batch.py",)),
     "ema": Part(("tests/ema/test_gpu.py",), workers=8),
     "attention": Part(("tests/layouts/test_attention.py",), workers=4),
     "sanitizer": Part(

@@ -68,7 +68,7 @@ def recorded(capability: tuple[int, int]) -> tuple[list[Launch], Any]:
         found = Launch(
             kernel=self.fn.__name__,
             constants={names[path[0]]: value for path, value in constexprs.items()},
-            signature=signature,
+            signature={k: v.replace(", ", ",") for k, v in signature.items()},  # [128, 64]
             aligned={names[p[0]] for p, a in attrs.items() if ["tt.divisibility", 16] in a},
             num_warps=options.num_warps,
             num_stages=options.num_stages,

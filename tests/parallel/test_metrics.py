@@ -32,8 +32,8 @@ def test_two_ranks_log_and_train_what_one_does(ranks, name):
 
 def test_nothing_between_log_steps(ranks):
     """Per micro-batch no collective but DDP's gradient reduction in a step's last; per step one
-    exchange of two counts; per log step one packed all-reduce of ours, and transformers' own gather
-    of one loss a rank.
+    exchange of two counts; per log step one packed all-reduce of ours, and transformers' own gathers
+    of one number a rank.
     """
     packed = 8 * packed_numel(2 * 3, 2)  # two steps of three micro-batches
     step = ["counts", *["micro-batch"] * 3, "log step?"]
@@ -57,7 +57,7 @@ def test_nothing_between_log_steps(ranks):
                     ours if number % 2 == 0 else {}
                 )
                 gathers = [size for k, v in calls.items() if "gather" in k for size in v]
-                assert len(gathers) == (number % 2 == 0) and sum(gathers) <= 16
+                assert bool(gathers) == (number % 2 == 0) and set(gathers) <= {4}
             elif number % 3 == 0:  # DDP, in the first step also the order of its buckets
                 assert set(calls) <= {"allreduce_", "broadcast_"}
                 assert 1 <= len(calls["allreduce_"]) <= 2

@@ -32,8 +32,8 @@ def test_two_ranks_log_and_train_what_one_does(ranks, name):
 
 def test_nothing_between_log_steps(ranks):
     """Per micro-batch no collective but DDP's gradient reduction in a step's last; per step one
-    exchange of two counts; per log step one packed all-reduce of ours, and gathers of one
-    number a rank by transformers.
+    exchange of two counts; per log step one packed all-reduce of ours, and transformers' gathers of
+    one number a rank.
     """
     packed = 8 * packed_numel(2 * 3, 2)  # two steps of three micro-batches
     step = ["counts", *["micro-batch"] * 3, "log step?"]

@@ -1,8 +1,8 @@
 """A micro-batch never asks the device for a value.
 
 The whole step of ours (policy, reference, LM head, loss, backward, metrics, counts) runs on the
-meta device: its tensors have shapes and no values, so that every host sync (`item`, `bool`, `tolist`,
-`nonzero`, a copy to the host) raises, and every device-only branch is taken.
+meta device: its tensors have shapes and no values, so that every host sync (`item`, `bool`,
+`tolist`, `nonzero`, a copy to the host) raises, and every device-only branch is taken.
 """
 
 import contextlib

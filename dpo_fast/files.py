@@ -58,7 +58,11 @@ def remove_stale_temporaries(folder: Path) -> list[str]:
     for path in folder.glob(f"{_TEMPORARY}*"):
         host, _, rest = path.name.removeprefix(_TEMPORARY).rpartition("-")[0].rpartition("-")
         dead = host == socket.gethostname() and rest.isdigit() and not is_alive(int(rest))
-        if dead or time.time() - path.stat().st_mtime > _STALE_SECONDS:
+        try:
+            stale = dead or time.time() - path.stat().st_mtime > _STALE_SECONDS
+        except FileNotFoundError:  # its writer has finished in the meantime
+            continue
+        if stale:
             path.unlink(missing_ok=True)
             removed.append(path.name)
     return removed

@@ -28,6 +28,7 @@ class EnginesMixin:
     model_wrapped: Any
     reference: Any
     _reference_engine: Any = None
+    _sharded_early = False
 
     @property
     def engine(self) -> Engine:
@@ -98,10 +99,26 @@ class EnginesMixin:
                     shard_with_fsdp2(self.accelerator, self.model, remember=True)
                     self.accelerator._models.append(self.model)
                     self.model_wrapped = self.model
+                    self._sharded_early = True
             elif self.engine == "ddp":
                 self._wrap_model(self.model)  # type: ignore[attr-defined]  # DDP's arguments
                 self.model_wrapped = self.accelerator.prepare(self.model)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            RuntimeError: under FSDP2 the model was sharded for an evaluation before training:
+                accelerate would hand its optimizer parameters that are not the model's any more.
+        """
+        if self._sharded_early:
+            raise RuntimeError(
+                "evaluate() or predict() was called before train() under FSDP2, which shards the "
+                "model without its optimizer, so that training would change nothing: use "
+                "eval_on_start=True, or a trainer of its own for that evaluation."
+            )
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; under FSDP2 with sharded checkpoints the model is written, too, when

@@ -59,7 +59,7 @@ def test_these_are_all() -> None:
     ]
     for name in SCRIPTS:
         text = (FOLDER / f"{name}.py").read_text()
-        assert len(text.splitlines()) < 60 and f"python examples/{name}.py [MODEL]" in text
+        assert len(text.splitlines()) < 60 and f"examples/{name}.py [MODEL]" in text
 
 
 @pytest.mark.parametrize("name", ["quickstart", "lora", "raw_pytorch_loop", "lightning_module"])

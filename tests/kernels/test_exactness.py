@@ -35,7 +35,7 @@ def big_tiles(monkeypatch):
 @pytest.mark.parametrize("mean", [0.0, 8.0])
 @pytest.mark.parametrize("odds", [-200.0, -100.0, -85.0, -20.0, 0.0, 5.0, 15.0, 25.0, 32.0])
 def test_every_confidence(odds, mean, big_tiles):
-    hidden, weight, target = rows_of_confidence([odds] * 24, torch.bfloat16, mean)
+    hidden, weight, target = rows_of_confidence(odds, torch.bfloat16, mean)
     upstream = torch.full((24,), 1e-6)
     logps, dhidden, dweight = gold_of(hidden, weight, target, upstream)
     case = Case(hidden, weight, target)
@@ -50,7 +50,7 @@ def test_every_confidence(odds, mean, big_tiles):
 
 
 def test_softcap_and_scale(big_tiles):
-    hidden, weight, target = rows_of_confidence([3.0] * 16, torch.bfloat16)
+    hidden, weight, target = rows_of_confidence(3.0, torch.bfloat16, 0.0, 16)
     case = Case(hidden, weight, target, {"softcap": 30.0, "temperature": 0.7})
     from tests.kernels.support import gold
 

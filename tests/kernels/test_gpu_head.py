@@ -125,7 +125,7 @@ def test_strided_inputs():
 @pytest.mark.parametrize("mean", [0.0, 8.0])
 @pytest.mark.parametrize("odds", [-200.0, -85.0, -20.0, 0.0, 5.0, 15.0, 30.0])
 def test_every_confidence(odds, mean):
-    hidden, weight, target = rows_of_confidence([odds] * 24, torch.bfloat16, mean)
+    hidden, weight, target = rows_of_confidence(odds, torch.bfloat16, mean)
     upstream = torch.full((24,), 1e-6)
     right = gold_of(hidden, weight, target, upstream)
     leaves = [t.cuda().requires_grad_() for t in (hidden, weight)]

@@ -117,7 +117,7 @@ def test_a_slower_layer_is_seen_by_the_simulation_only():
     assert layer.gather < layer.forward
     uneven = simulated_step(MIDDLE, Run(), "fsdp2", 64, Cluster(), jitter=(0.5, 1.5))
     even = simulated_step(MIDDLE, Run(), "fsdp2", 64, Cluster())
-    assert uneven.end >= even.end
+    assert uneven.end >= even.end * (1 - 1e-12)  # sums in another order
 
 
 def test_the_benchmark_writes_table_and_picture(tmp_path, capsys):

@@ -27,6 +27,7 @@ from dpo_fast.chunked.head_grads import (
     add_grads,
     add_grads_again,
     logits_of,
+    lora_a_grad,
     new_totals,
     weighted,
 )
@@ -171,9 +172,7 @@ class ChunkedBackend:
             return grads
         x = kept.hidden.to(v.dtype)
         if kept.eb is not None:
-            new = torch.mm((v.unsqueeze(1) * kept.eb).t(), x).mul_(meta.lora_scale)
-            old = None if into is None else into.lora_a
-            grads = grads._replace(lora_a=new if old is None else old.add_(new))
+            grads = grads._replace(lora_a=lora_a_grad(v, kept.eb, x, meta.lora_scale, into))
         if not needs.head:
             return grads
         factors = weighted(x, v, kept.lora_a, needs, meta.lora_scale)

@@ -44,6 +44,13 @@ class Again(NamedTuple):
     rest: Tensor  # [N]
 
 
+def lora_a_grad(v: Tensor, eb: Tensor, x: Tensor, scale: float, into: HeadGrads | None) -> Tensor:
+    """``dA = lora_scale * (v E B)^T X``, added to that of ``into`` if there is one."""
+    new = torch.mm((v.unsqueeze(1) * eb).t(), x).mul_(scale)
+    old = None if into is None else into.lora_a
+    return new if old is None else old.add_(new)
+
+
 def new_totals(needs: Needs, into: HeadGrads | None, vocab: int, x: Tensor, rank: int) -> HeadGrads:
     """Accumulators of the head's gradients: those of ``into``, or zeros."""
     into = into or HeadGrads()

@@ -27,7 +27,14 @@ from dpo_fast.chunked.backend import ChunkedBackend
 from dpo_fast.chunked.chunks import chunk_rows, chunks
 from dpo_fast.chunked.epilogue_torch import below_, shift_
 from dpo_fast.chunked.gemm import times_weight, wide_dtype
-from dpo_fast.chunked.head_grads import Factors, add_grads, logits_of, new_totals, weighted
+from dpo_fast.chunked.head_grads import (
+    Factors,
+    add_grads,
+    logits_of,
+    lora_a_grad,
+    new_totals,
+    weighted,
+)
 from dpo_fast.naive import HeadLoRA, LinearLogprobs
 
 _LOWEST = -104.0  # exp of anything below is 0 in float32
@@ -148,9 +155,7 @@ class VocabParallelBackend(ChunkedBackend):
             return grads
         x = kept.hidden.to(v.dtype)
         if kept.eb is not None:
-            new = torch.mm((v.unsqueeze(1) * kept.eb).t(), x).mul_(meta.lora_scale)
-            old = None if into is None else into.lora_a
-            grads = grads._replace(lora_a=new if old is None else old.add_(new))
+            grads = grads._replace(lora_a=lora_a_grad(v, kept.eb, x, meta.lora_scale, into))
         if not needs.head:
             return grads
         assert kept.factor is not None and kept.target_part is not None

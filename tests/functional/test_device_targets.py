@@ -60,7 +60,7 @@ def test_out_of_range_is_nan_and_ignored_is_zero(unknown):
     keep = torch.tensor([0, 2, 3, 5, 7, 8, 10, 11])
     torch.testing.assert_close(found.logps[keep], right[keep], rtol=1e-6, atol=1e-6)
     expected = torch.autograd.grad(right.sum(), case.weight)[0]
-    assert right[keep].abs().min() > 0.01 and expected.norm() > 0.1  # zeros would not pass
+    assert right[keep].norm() > 1e-2 and expected.norm() > 1e-2  # zeros would not pass
     torch.testing.assert_close(dweight, expected, rtol=1e-5, atol=1e-6)
 
 

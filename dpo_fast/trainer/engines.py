@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpo_fast.reference.shards import is_unit
+from dpo_fast.reference.shards import is_unit, reshard_all
 
 logger = logging.getLogger("dpo_fast")
 
@@ -28,7 +28,6 @@ class EnginesMixin:
     model_wrapped: Any
     reference: Any
     _reference_engine: Any = None
-    _sharded_early = False
 
     @property
     def engine(self) -> Engine:
@@ -99,25 +98,22 @@ class EnginesMixin:
                     shard_with_fsdp2(self.accelerator, self.model, remember=True)
                     self.accelerator._models.append(self.model)
                     self.model_wrapped = self.model
-                    self._sharded_early = True
             elif self.engine == "ddp":
                 self._wrap_model(self.model)  # type: ignore[attr-defined]  # DDP's arguments
                 self.model_wrapped = self.accelerator.prepare(self.model)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers.
+        """As in transformers; a model that is sharded already, for an evaluation or by an earlier
+        training, holds its shards first: the last forward leaves some units gathered, and an
+        optimizer of gathered weights would move nothing.
 
         Raises:
-            RuntimeError: under FSDP2 the model was sharded for an evaluation before training:
-                accelerate would hand its optimizer parameters that are not the model's any more.
+            RuntimeError: such a model has parameters with fewer rows than there are ranks.
         """
-        if self._sharded_early:
-            raise RuntimeError(
-                "evaluate() or predict() was called before train() under FSDP2, which shards the "
-                "model without its optimizer, so that training would change nothing: use "
-                "eval_on_start=True, or a trainer of its own for that evaluation."
-            )
+        if self.engine == "fsdp2" and is_unit(self.model):
+            refuse_alike_shards(self.model, self.accelerator.num_processes)
+            reshard_all(self.model)
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -145,6 +141,26 @@ def refuse_uncounted_ranks(accelerator: Any) -> None:
             "all of them would train on the same pairs (seen with DeepSpeed on a CPU): launch on "
             "accelerators, or one process."
         )
+
+
+def refuse_alike_shards(model: nn.Module, ranks: int) -> None:
+    """Raise RuntimeError where the optimizer could not find its parameters again.
+
+    accelerate knows a parameter by the address of its shard, and empty shards have none.
+    """
+    names = [name for name, p in model.named_parameters() if has_empty_shards(p.shape[0], ranks)]
+    if len(names) > 1:
+        raise RuntimeError(
+            "evaluate(), predict() or an earlier train() has sharded the model under FSDP2, and "
+            f"over {ranks} ranks {len(names)} parameters ({names[0]}, ..) have fewer parts than "
+            "there are ranks, so that accelerate could not tell their shards apart: use "
+            "eval_on_start=True, a trainer of its own, or fewer ranks."
+        )
+
+
+def has_empty_shards(length: int, ranks: int) -> bool:
+    """Whether some of ``ranks`` get nothing of ``length`` rows, cut as ``torch.chunk`` cuts."""
+    return -(-length // ranks) * (ranks - 1) >= length
 
 
 def fsdp_was_asked_for(args: Any) -> bool:

@@ -33,7 +33,7 @@ def train(trainer: Any, name: tuple[str, str], engine: str, ranks: int) -> dict[
     assert (trainer.engine, trainer.layout.name) == (engine, name[1])
     assert trainer.accelerator.num_processes == ranks
     before, evaluated = cells.whole(trainer.model), {}
-    if name == EVALUATED and engine in ("single", "ddp"):
+    if name == EVALUATED and not engine.startswith("zero"):
         evaluated = {"eval": trainer.evaluate(rows(8, seed=1))}
     trainer.train()
     check_engine(trainer, engine, ranks)

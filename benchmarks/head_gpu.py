@@ -8,10 +8,11 @@ launch and in two). Parts that benchmarks/results/head_gpu.json already holds fo
 skipped, and no new one is started after --seconds, so that the whole can be run in several calls.
 
 Within a part the providers take turns, round after round; times are medians over the rounds,
-ratios medians of the ratios within a round. Before it is timed, the first of ours is checked
-against float64 on some rows. "gemms" are the setting's GEMMs alone at cuBLAS speed: the floor.
-Liger's DPO loss runs over padded rows ([2P, T]: 40 % of the real tokens prompt, 30 % padding), as
-it must; all others over the scored rows.
+ratios medians of the ratios within a round. The device waits a few milliseconds before each step,
+so that the host is ahead of it as it is after a backbone; what the host takes stands beside.
+Before it is timed, the first of ours is checked against float64 on some rows. "gemms" are the
+setting's GEMMs alone at cuBLAS speed: the floor. Liger's DPO loss runs over padded rows ([2P, T]:
+40 % of the real tokens prompt, 30 % padding), as it must; all others over the scored rows.
 
 TFLOP/s count 2 N V H for each GEMM of "gemms", whatever a provider does.
 """
@@ -39,6 +40,7 @@ SETTINGS = {
 NAME = "head_gpu"
 OURS = ("gemm", "ours")  # names of providers that must run
 ENOUGH_MS = 5000.0  # of one provider in one part, from the third round on
+AHEAD_CYCLES = 8_000_000  # about 4 ms
 
 
 def check(x: Inputs) -> float:
@@ -87,20 +89,26 @@ def prepare(
     return steps, notes
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every provider in every round."""
+def measure(steps: dict[str, Step], rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds of every provider in every round, and the host's share: median milliseconds
+    until the last launch of a step is queued.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    host: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(rounds):
         for name, step in steps.items():
             if index >= 3 and sum(times[name]) > ENOUGH_MS:
                 continue
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(AHEAD_CYCLES)
+            begin = time.perf_counter()
             start.record()
             step()
             stop.record()
+            host[name].append((time.perf_counter() - begin) * 1e3)
             torch.cuda.synchronize()
             times[name].append(start.elapsed_time(stop))
-    return times
+    return times, {name: statistics.median(values) for name, values in host.items()}
 
 
 def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int) -> dict[str, Any]:
@@ -110,13 +118,14 @@ def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int)
     error = check(x)
     known = FORWARD if setting == "forward" else PROVIDERS
     steps, notes = prepare(x, known, [n for n in known if n in names or known is FORWARD])
-    times = measure(steps, rounds)
+    times, host = measure(steps, rounds)
     count = 1 if setting == "forward" else 2 + (not x.frozen) + x.online
     flop = 2.0 * rows * shape.vocab * shape.hidden * count
     for name, values in times.items():
         middle = statistics.median(values)
         notes[name] |= {
             "ms": middle,
+            "host_ms": host[name],
             "spread_ms": [min(values), max(values)],
             "tflops": flop / middle / 1e9,
         }

@@ -5,7 +5,8 @@
 
 One part is a model and a variant. Candidates are compiled first, on all cores: those that spill or
 do not fit into shared memory are left out by name. Then each is timed with and without the store of
-E, in turn with cuBLAS on the same GEMM. With the best one, a whole scoring pass of both engines.
+E, in turn with cuBLAS on the same GEMM; the best one in other groups of row blocks as well, and
+with it a whole scoring pass of both engines.
 Parts that benchmarks/results/tile_sweep.json holds for these sources are skipped.
 
 ``--write`` puts the winners into kernels/dpo_fast_kernels/table.json, one row for each class of
@@ -14,10 +15,10 @@ Parts that benchmarks/results/tile_sweep.json holds for these sources are skippe
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
 from typing import Any
 
 import torch
@@ -30,20 +31,24 @@ from benchmarks.resume import load_parts, save_parts
 NAME = "tile_sweep"
 SOFTCAP = 30.0
 
-# block_n, block_v, block_h, warps, stages
+# block_n, block_v, block_h, warps, stages, flattened
 CANDIDATES = {
     "plain": [
-        (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 8, 4),
-        (128, 128, 64, 4, 2), (128, 128, 64, 4, 3), (128, 128, 128, 8, 2), (64, 256, 64, 4, 3),
+        (128, 256, 64, 8, 3, False), (128, 256, 64, 8, 3, True), (256, 128, 64, 8, 3, False),
+        (256, 128, 64, 8, 3, True), (128, 128, 64, 8, 4, True), (128, 128, 64, 4, 2, False),
+        (128, 128, 64, 4, 2, True), (128, 128, 32, 4, 4, False), (128, 128, 32, 4, 4, True),
+        (64, 256, 64, 4, 3, True), (64, 256, 32, 4, 4, False), (64, 256, 32, 4, 4, True),
     ],
     "softcap": [
-        (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 256, 64, 4, 3),
+        (128, 128, 64, 8, 4, False), (128, 128, 64, 8, 4, True), (128, 128, 64, 8, 3, True),
+        (128, 128, 128, 8, 2, True), (256, 128, 64, 8, 3, True),
     ],
     "stats": [
-        (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (256, 128, 64, 8, 3),
+        (128, 128, 64, 8, 4, False), (128, 128, 64, 8, 4, True), (128, 128, 64, 8, 3, True),
+        (64, 128, 64, 4, 4, True),
     ],
 }  # fmt: skip
-GROUPS = (4, 8, 16)
+GROUP, OTHER_GROUPS = 8, (4, 16)  # row blocks that share a slab of W: the others for the best tile
 
 # Classes of the table: sizes from which a row holds. A model's measurement counts for its class.
 HIDDEN_CLASSES = (0, 2048)
@@ -54,27 +59,31 @@ def tiles_of(variant: str) -> list[Any]:
     from dpo_fast_kernels.tiles import Tile
 
     return [
-        Tile(n, v, h, 64, group, warps, stages, per_sm=2 if warps == 4 else 1)
-        for (n, v, h, warps, stages), group in product(CANDIDATES[variant], GROUPS)
+        Tile(n, v, h, 64, GROUP, warps, stages, per_sm=2 if warps == 4 else 1, flatten=flat)
+        for n, v, h, warps, stages, flat in CANDIDATES[variant]
     ]
 
 
 def that_compile(variant: str, jobs: int) -> list[Any]:
-    """Candidates within the limits of shared memory and spills; the others are named."""
+    """Candidates within the limits of shared memory and spills; the others are named.
+
+    What is compiled here, in parallel, the launches find in Triton's cache.
+    """
     from dpo_fast_kernels.aot import compile_all, exp_gemm_case
 
     on = {"HAS_TAIL": False, "HAS_SOFTCAP": variant == "softcap", "STATS": variant == "stats"}
-    tiles = [tile for tile in tiles_of(variant) if tile.group_n == GROUPS[0]]
     text = {"plain": "-", "softcap": "C", "stats": "S"}[variant]
-    cases = [exp_gemm_case("sm_90", tile, text, on, True) for tile in tiles]
-    kept = set()
-    for tile, report in zip(tiles, compile_all(cases, jobs), strict=True):
-        faults = report.faults()
+    tiles, stores = tiles_of(variant), (True, False)
+    cases = [exp_gemm_case("sm_90", tile, text, on, store) for tile in tiles for store in stores]
+    reports = list(compile_all(cases, jobs))
+    kept = []
+    for tile, with_store, without in zip(tiles, reports[::2], reports[1::2], strict=True):
+        faults = with_store.faults() + without.faults()
         if faults:
-            print(f"left out: {report.case.label}: {'; '.join(faults)}", flush=True)
+            print(f"left out: {with_store.case.label}: {'; '.join(faults)}", flush=True)
         else:
-            kept.add(tile._replace(group_n=0))
-    return [tile for tile in tiles_of(variant) if tile._replace(group_n=0) in kept]
+            kept.append(tile)
+    return kept
 
 
 def milliseconds(calls: list[Callable[[], object]], rounds: int) -> list[float]:
@@ -144,19 +153,32 @@ class Problem:
 
 def sweep(model: str, variant: str, rows: int, rounds: int, tiles: list[Any]) -> dict[str, Any]:
     problem = Problem(MODELS[model], rows, variant)
-    found = []
-    for tile in tiles:
+    found: list[dict[str, Any]] = []
+
+    def measure(tile: Any) -> None:
         blas, stored, bare = milliseconds(problem.tile_calls(tile), rounds)
         row = {"tile": list(tile), "cublas_ms": blas, "store_ms": stored, "no_store_ms": bare}
         found.append(row)
-        print(f"{model} {variant} {tile}: store {stored:.2f} ms, no store {bare:.2f} ms, cuBLAS "
-              f"{blas:.2f} ms: {blas / stored:.3f} of it", flush=True)  # fmt: skip
-    best = min(found, key=lambda row: row["store_ms"] / row["cublas_ms"])
-    blas, triton, cublas = milliseconds(problem.engine_calls(type(tiles[0])(*best["tile"])), rounds)
+        print(f"{model} {variant} {tuple(tile)}: {stored / blas:.3f} of cuBLAS's {blas:.2f} ms "
+              f"with the store, {bare / blas:.3f} without", flush=True)  # fmt: skip
+
+    for tile in tiles:
+        measure(tile)
+    leader = type(tiles[0])(*min(found, key=cost)["tile"])
+    for group in OTHER_GROUPS:
+        measure(leader._replace(group_n=group))
+    best = min(found, key=cost)
+    blas, triton, cublas = milliseconds(problem.engine_calls(type(leader)(*best["tile"])), rounds)
     print(f"{model} {variant}: best {best['tile']}; whole pass {triton / blas:.3f} of the GEMM by "
           f"'triton', {cublas / blas:.3f} by 'cublas'", flush=True)  # fmt: skip
     engines = {"gemm_ms": blas, "triton_ms": triton, "cublas_ms": cublas}
     return {"rows": rows, "tiles": found, "best": best, "engines": engines}
+
+
+def cost(row: dict[str, Any]) -> float:
+    """What a tile is chosen by: policy (with the store) and reference (without), over cuBLAS."""
+    total: float = (row["store_ms"] + row["no_store_ms"]) / row["cublas_ms"]
+    return total
 
 
 def class_of(size: int, classes: tuple[int, ...]) -> int:
@@ -177,11 +199,11 @@ def table_rows(parts: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             hidden = vocab = 0  # some row must hold for every size
         key = {"arch": "sm_90", "dtype": "bfloat16", "variant": variant}
         key |= {"hidden": hidden, "vocab": vocab}
-        cost: dict[tuple[int, ...], float] = {}
-        for row in (row for part in members for row in part["tiles"]):
-            tile = tuple(row["tile"])
-            cost[tile] = cost.get(tile, 0.0) + row["store_ms"] / row["cublas_ms"]
-        yield "tiles", key | {"tile": list(min(cost, key=cost.__getitem__))}
+        # only tiles that every member of the class was measured with
+        costs = [{tuple(row["tile"]): cost(row) for row in part["tiles"]} for part in members]
+        common = set(costs[0]).intersection(*costs[1:])
+        tile = min(common, key=lambda tile: sum(of[tile] for of in costs))
+        yield "tiles", key | {"tile": list(tile)}
         if variant != "stats":
             ours, other = (sum(p["engines"][f"{name}_ms"] / p["engines"]["gemm_ms"]
                                for p in members) for name in ("triton", "cublas"))  # fmt: skip
@@ -225,7 +247,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(CANDIDATES), choices=list(CANDIDATES))
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--jobs", type=int, default=8, help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes")
     parser.add_argument("--seconds", type=float, default=480.0)
     parser.add_argument("--write", action="store_true", help="write the table and stop")
     options = parser.parse_args()

@@ -67,6 +67,7 @@ class CpuBackend:
     """See the module's text. A row's log-prob depends on that row alone, bit for bit."""
 
     name = "cpu"
+    gradients_may_wait = False
 
     def __init__(self, isa: str = "auto") -> None:
         module = compiled()

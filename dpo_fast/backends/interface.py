@@ -104,6 +104,10 @@ class HeadBackend(Protocol):
     """The LM head over rows that are all scored."""
 
     name: str
+    # Whether stored probabilities may live until the backward of a fused loss: its gradients are
+    # then taken there, scaled by the upstream gradient beforehand and rounded once, and no float32
+    # gradient of the head exists. Not where fresh memory is dear (page faults of a CPU).
+    gradients_may_wait: bool
 
     def row_bytes(self, head: LinearHead) -> int:
         """Bytes of workspace that one row occupies while its probabilities are stored."""

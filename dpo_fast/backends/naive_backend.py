@@ -27,6 +27,7 @@ class NaiveBackend:
     """Full ``[N, V]`` logits; the backward runs the forward once more, under autograd."""
 
     name = "naive"
+    gradients_may_wait = False
 
     def row_bytes(self, head: LinearHead) -> int:
         return 8 * head.weight.shape[0]

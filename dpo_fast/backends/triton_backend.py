@@ -35,6 +35,7 @@ class TritonBackend:
     """
 
     name = "triton"
+    gradients_may_wait = True
 
     def __init__(self, engine: str | None = None) -> None:
         self.engine = engine

@@ -68,6 +68,7 @@ class ChunkedBackend:
     """See the module's text. Deterministic: equal shapes and inputs give equal bits."""
 
     name = "chunked"
+    gradients_may_wait = False
 
     def row_bytes(self, head: LinearHead) -> int:
         return row_bytes(head.weight.shape[0], wide_dtype(head.weight.dtype))

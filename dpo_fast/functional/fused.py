@@ -62,7 +62,7 @@ def fused_linear_dpo(
     mode: Mode | None = None,
     workspace: int | None = None,
 ) -> FusedDPOOutput:
-    """``sum_p pair_weight[p] * loss(...)[p]`` from hidden states, gradients taken in the forward.
+    """``sum_p pair_weight[p] * loss(...)[p]`` from hidden states, in as few GEMMs as there can be.
 
     The same as::
 
@@ -105,13 +105,15 @@ def fused_linear_dpo(
         :class:`FusedDPOOutput`.
 
     Gradients:
-        Of ``.loss`` only, to policy_hidden, weight, bias, lora.a and lora.b where they require one;
-        computed in the forward, scaled by the upstream gradient (never assumed to be 1) in the
-        backward. Deterministic. Double backward raises. Everything else is detached.
+        Of ``.loss`` only, to policy_hidden, weight, bias, lora.a and lora.b where they require one,
+        for any upstream gradient. Deterministic. Double backward raises. Everything else is
+        detached. Neither way of taking them reads the weight in the backward.
 
     Memory:
-        At most ``workspace`` bytes of probabilities (one reused buffer), chunks of rows in reused
-        scratch, float32 dhidden and dweight from forward to backward.
+        At most ``workspace`` bytes of probabilities, chunks of rows in reused scratch. On CUDA,
+        where all rows fit, the probabilities live until the backward and each gradient is written
+        once in its own dtype; elsewhere, and for several groups, the forward takes the gradients,
+        and float32 dhidden and dweight live until the backward.
 
     Raises:
         ValueError: as :func:`linear_logprobs`; a missing or doubled reference; wrong lengths; a

@@ -6,6 +6,9 @@ For each group of pairs: the reference's log-probs, the policy's (probabilities 
 buffer), the loss and its derivative c by autograd over ``[n]`` numbers, then the gradients of
 hidden states and head. Groups exist only where they save a GEMM: a trained head and a separable
 loss.
+
+A single group whose probabilities fit needs no sum over groups: where the backend allows, its head
+gradient waits for the backward (:class:`Late`) and is written once, in the head's own dtype.
 """
 
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from dpo_fast.backends import (
     HeadGrads,
     LinearHead,
     Needs,
+    Saved,
     VocabShard,
     buffer_bytes,
 )
@@ -84,14 +88,21 @@ class FusedJob(NamedTuple):
     sequence_group: Any = None
 
 
+class Late(NamedTuple):
+    """Gradients that the backward takes: what the backend saved, and the loss's derivative."""
+
+    saved: Saved
+    dlogps: Tensor  # [N]
+
+
 class _Scored(NamedTuple):
-    """One group's results."""
+    """One group's results; ``grads`` is :class:`Late` or what is added up over the groups."""
 
     loss: GroupLoss
     logps: Tensor  # [2p]
     ref_logps: Tensor | None  # [2p]
     tokens: LinearLogprobs  # [n]
-    grads: HeadGrads
+    grads: HeadGrads | Late
 
 
 class FusedLinearDPO(torch.autograd.Function):
@@ -116,7 +127,12 @@ class FusedLinearDPO(torch.autograd.Function):
         with no_autocast(hidden):
             outputs, grads = run_groups(job, hidden, head, needs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*grads)
+        ctx.late = None
+        if isinstance(grads, Late):
+            ctx.late = (job.backend, grads.saved.meta, shard)
+            ctx.save_for_backward(*grads.saved.tensors, grads.dlogps)
+        else:
+            ctx.save_for_backward(*grads)
         ctx.dtypes = [
             None if t is None else t.dtype for t in (hidden, weight, bias, lora_a, lora_b)
         ]
@@ -128,6 +144,14 @@ class FusedLinearDPO(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 8
+        if ctx.late is not None:
+            backend, meta, shard = ctx.late
+            *tensors, dlogps = ctx.saved_tensors
+            with no_autocast(dloss):
+                grads = backend.backward(Saved(tuple(tensors), meta), dlogps * dloss)
+                grads = whole_grads(grads, shard)
+            pairs = zip(grads, ctx.dtypes, strict=True)
+            return (*(None if g is None else g.to(d) for g, d in pairs), None, None, None)
         kept = _graph_is_kept()
         scaled = [
             None if g is None else _scaled(g, dloss, d, kept)
@@ -156,10 +180,14 @@ def _graph_is_kept() -> bool:
 
 def run_groups(
     job: FusedJob, hidden: Tensor, head: LinearHead, needs: Needs
-) -> tuple[tuple[Tensor | None, ...], HeadGrads]:
+) -> tuple[tuple[Tensor | None, ...], HeadGrads | Late]:
     """All groups in order: the op's outputs and the unscaled gradients."""
     rows, backend = hidden.shape[0], job.backend
     groups, limit = _plan(job, rows, head, needs)
+    if backend.gradients_may_wait and len(groups) == 1 and needs.head and rows <= limit:
+        part = _score_group(job, groups[0], hidden, head, needs, None, None)
+        assert isinstance(part.grads, Late)
+        return _collect(job, groups, [part], hidden), part.grads
     most = max((g.rows for g in groups if g.rows <= limit), default=0)
     size = buffer_bytes(most, backend.row_bytes(head))
     totals = HeadGrads()
@@ -171,11 +199,13 @@ def run_groups(
         for group in groups:
             room = memory if 0 < limit and group.rows <= limit else None
             part = _score_group(job, group, hidden, head, needs, room, totals)
-            totals = part.grads._replace(hidden=None)
+            found = part.grads
+            assert isinstance(found, HeadGrads)
+            totals = found._replace(hidden=None)
             if len(groups) == 1:
-                dhidden = part.grads.hidden
-            elif dhidden is not None and part.grads.hidden is not None:
-                group.put(dhidden, part.grads.hidden)
+                dhidden = found.hidden
+            elif dhidden is not None and found.hidden is not None:
+                group.put(dhidden, found.hidden)
             parts.append(part._replace(grads=HeadGrads()))
     grads = whole_grads(totals._replace(hidden=dhidden), head.shard)
     return _collect(job, groups, parts, hidden), grads
@@ -216,8 +246,12 @@ def _score_group(
     head: LinearHead,
     needs: Needs,
     memory: Tensor | None,
-    totals: HeadGrads,
+    totals: HeadGrads | None,
 ) -> _Scored:
+    """``memory``: scratch for the probabilities, or None: they are not kept.
+
+    ``totals``: what the head's gradients are added to; None: all is kept for the backward.
+    """
     backend, rows = job.backend, job.rows
     target = group.take(rows.target)
     borders = group.borders(rows.cu_seqlens)
@@ -251,7 +285,7 @@ def _score_group(
         target,
         needs=needs,
         outputs=outputs,
-        store=memory is not None,
+        store=memory is not None or totals is None,
         buffer=memory,
     )
     tokens = found.result
@@ -269,9 +303,13 @@ def _score_group(
         if isinstance(pair_weight, Tensor):
             pair_weight = pair_weight.detach()[group.start : group.stop]
         objective = (answer[0] * pair_weight).sum()
-    grads = HeadGrads()
+    grads: HeadGrads | Late = HeadGrads()
     if found.saved is not None:
-        grads = backend.backward(found.saved, gradient(objective, leaf, job.loss), into=totals)
+        dlogps = gradient(objective, leaf, job.loss)
+        if totals is None:
+            grads = Late(found.saved, dlogps)
+        else:
+            grads = backend.backward(found.saved, dlogps, into=totals)
     loss = GroupLoss(objective.detach(), *(t.detach() for t in answer))
     return _Scored(loss, logps.detach(), ref_logps, tokens, grads)
 

@@ -136,7 +136,7 @@ def exp_gemm_case(arch: str, tile: Tile, text: str, on: dict[str, bool], store: 
     constants: dict[str, Any] = {
         "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_H": tile.block_h,
         "BLOCK_Q": tile.block_q, "GROUP_N": tile.group_n, "UNIT": tile.unit, "TMA": tma,
-        "STORE": store, "HAS_LOST": store, "E_DTYPE": "bf16", **on,
+        "STORE": store, "HAS_LOST": store, "E_DTYPE": "bf16", "FLATTEN": tile.flatten, **on,
     }  # fmt: skip
     types = {}
     if tma:
@@ -149,7 +149,7 @@ def exp_gemm_case(arch: str, tile: Tile, text: str, on: dict[str, bool], store: 
     constants |= {name: None for name, gone in unused if gone}
     label = (
         f"exp_gemm {'tma' if tma else 'ptr'} {tile.block_n}x{tile.block_v}x{tile.block_h} "
-        f"w{tile.num_warps} s{tile.num_stages} {text}{' store' if store else ''}"
+        f"w{tile.num_warps} s{tile.num_stages}{' flat' * tile.flatten} {text}{' store' * store}"
     )
     return Case(
         target, label, "exp_gemm", "_exp_gemm_kernel", types, constants,

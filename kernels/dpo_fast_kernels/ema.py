@@ -189,7 +189,8 @@ def _pointer(address, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit
+# Words of the generator are data: specialised on the value 1 they would be no tensors.
+@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "step_lo", "step_hi"])
 def _ema_kernel(
     rows_ptr,  # [tensors, 8] int64
     chunk_rows_ptr,  # [chunks] int32

@@ -110,10 +110,11 @@ def _exp_gemm_kernel(
     STATS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TAIL: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     num_n, num_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
     plane = num_v.to(tl.int64) * N
-    for index in tl.range(tl.program_id(0), num_n * num_v, tl.num_programs(0)):
+    for index in tl.range(tl.program_id(0), num_n * num_v, tl.num_programs(0), flatten=FLATTEN):
         pid_n, pid_v = tile_of(index, num_n, num_v, GROUP_N)
         acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         acc = _tile_product(
@@ -214,7 +215,7 @@ def exp_gemm(
         BLOCK_N=tile.block_n, BLOCK_V=tile.block_v, BLOCK_H=tile.block_h, BLOCK_Q=tile.block_q,
         GROUP_N=tile.group_n, UNIT=tile.unit, TMA=launch.tma, STORE=e is not None,
         HAS_LOST=lost is not None, E_DTYPE=TRITON_DTYPES[torch.float32 if e is None else e.dtype],
-        STATS=stats, HAS_SOFTCAP=capped, HAS_TAIL=tailed,
+        STATS=stats, HAS_SOFTCAP=capped, HAS_TAIL=tailed, FLATTEN=tile.flatten,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
     return part, lost

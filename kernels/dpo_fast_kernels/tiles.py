@@ -36,6 +36,7 @@ class Tile(NamedTuple):
     num_stages: int
     unit: int = 128  # columns of a partial sum: one for all tiles, so that their sums agree in bits
     per_sm: int = 1  # programs a multiprocessor
+    flatten: bool = False  # one loop over tiles and H: the next tile's loads run in the epilogue
 
 
 class Row(NamedTuple):

@@ -66,17 +66,42 @@ def test_masked_rows_may_hold_anything():
     assert relative_error(dweight, right[1]) < 3e-3
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.3])
-def test_upstream_gradient_is_rounded_once(factor):
+def two_pairs():
     leaves, target, _ = make(600, 256, 8001)
-    borders = torch.tensor([0, 300, 600], device="cuda")
-    leaves = [leaves["hidden"], leaves["weight"]]
-    out = fused_linear_dpo(
-        *leaves, target, borders, ref_logps=torch.zeros(2, device="cuda"), loss=SigmoidLoss(),
-        backend="triton",
+    borders = torch.tensor([0, 150, 300, 450, 600], device="cuda")
+    return [leaves["hidden"], leaves["weight"]], (target, borders)
+
+
+def fused(leaves, rows, workspace):
+    return fused_linear_dpo(
+        *leaves, *rows, ref_logps=torch.zeros(4, device="cuda"), loss=SigmoidLoss(),
+        backend="triton", workspace=workspace, seq_lens=[150] * 4,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_upstream_gradient_of_several_groups_is_rounded_once(factor):
+    leaves, rows = two_pairs()
+    out = fused(leaves, rows, 2 * 8064 * 300)
     whole = [t.clone() for t in out.loss.grad_fn.saved_tensors if t is not None]
     grads = torch.autograd.grad(out.loss * factor, leaves)
     for grad, wide in zip(grads, whole, strict=True):
         assert grad.dtype == torch.bfloat16 and wide.dtype == torch.float32
         assert torch.equal(grad, (wide * torch.tensor(factor, device="cuda")).bfloat16())
+
+
+def test_one_group_takes_its_gradients_in_the_backward():
+    """Scaled before the product: nothing of the head's size in float32, and the same bits again."""
+    leaves, rows = two_pairs()
+    out = fused(leaves, rows, None)
+    head = leaves[1].numel()
+    kept = [t for t in out.loss.grad_fn.saved_tensors if t is not None]
+    assert all(t.numel() < head or t.dtype == torch.bfloat16 for t in kept)
+    once, again, quarter = (
+        torch.autograd.grad(out.loss * factor, leaves, retain_graph=True)
+        for factor in (1.0, 1.0, 0.25)
+    )
+    several = torch.autograd.grad(fused(leaves, rows, 2 * 8064 * 300).loss, leaves)
+    for a, b, c, d in zip(once, again, quarter, several, strict=True):
+        assert a.dtype == torch.bfloat16 and torch.equal(a, b) and torch.equal(a * 0.25, c)
+        assert relative_error(a, d) < 3e-3  # two roundings to bfloat16 apart

@@ -107,7 +107,10 @@ def test_statistics_do_not_change_the_engine():
 
 
 def part(tile_ms, triton, cublas):
-    tiles = [{"tile": list(t), "cublas_ms": 1.0, "store_ms": ms} for t, ms in tile_ms.items()]
+    tiles = [
+        {"tile": list(t), "cublas_ms": 2.0, "store_ms": 2 * ms, "no_store_ms": 1.9}
+        for t, ms in tile_ms.items()
+    ]
     engines = {"gemm_ms": 1.0, "triton_ms": triton, "cublas_ms": cublas}
     return {"tiles": tiles, "engines": engines}
 

@@ -13,7 +13,7 @@ ONGPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH) $(PYTHON)
 TRL024 := .venv-trl024
 AXOLOTL := .venv-axolotl
 
-.PHONY: demo test test-faults test-integrations check check-triton36 check-floors test-gpu bench bench-quick bench-gpu clean
+.PHONY: demo test test-faults test-integrations check check-triton36 check-floors test-gpu bench bench-quick bench-gpu bench-gpu-train clean
 
 demo: $(VENV)/.runtime  ## the main job: a small model, four reference strategies, a table and a picture
 	$(BIN)/dpo-fast demo --output_dir runs/demo
@@ -68,6 +68,10 @@ bench-quick: $(VENV)/.test  ## every suite at a small size in minutes: tables an
 bench-gpu:  ## LM head and EMA on a CUDA device, against the peers; resumes where it stopped
 	$(ONGPU) -m benchmarks.head_gpu --seconds 400
 	$(ONGPU) -m benchmarks.ema --device cuda
+
+bench-gpu-train:  ## whole training steps and attention on a CUDA device, against TRL; resumes likewise
+	$(ONGPU) -m benchmarks.train_gpu --seconds 350
+	$(ONGPU) -m benchmarks.attention --device cuda
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,10 +36,11 @@ class Part(NamedTuple):
 
 PARTS = {
     "products": Part(("tests/kernels/test_gpu_products.py",)),
-    "bits": Part(("tests/kernels/test_gpu_bits.py",)),
-    "head": Part(("tests/kernels/test_gpu_head.py",), workers=4),
-    "fused": Part(("tests/kernels/test_gpu_fused.py",)),
-    "traced": Part(("tests/kernels/test_gpu_traced.py",)),
+    "bits": Part(("tests/kernels/test_gpu_bits.py",), workers=4),
+    "head": Part(("tests/kernels/test_gpu_head.py",), workers=12),
+    "fused": Part(("tests/kernels/test_gpu_fused.py",), workers=4),
+    "trainer": Part(("tests/trainer/test_gpu.py",), workers=8),
+    "traced": Part(("tests/kernels/test_gpu_traced.py",), workers=3),
     "large": Part(("tests/kernels/test_gpu_large.py",)),
     "batch": Part(("tests/test_batch.py",)),
     "ema": Part(("tests/ema/test_gpu.py",), workers=8),

@@ -49,6 +49,10 @@ _HARMLESS = (
 )
 
 
+# What choose_backend found, by what it depends on: it is asked by every layer of every pass.
+_chosen: dict[tuple[object, ...], Callable[..., Tensor]] = {}
+
+
 class UnsupportedAttention(ValueError):
     """A family asks something of its attention that packed rows do not have."""
 
@@ -141,6 +145,16 @@ def choose_backend(
     Raises:
         ValueError: the one named cannot run, with the reason.
     """
+    sizes = query.shape[-1], value.shape[-1]
+    key = (backend, query.device, query.dtype, *sizes, softcap, dropout)
+    if key not in _chosen:
+        _chosen[key] = _choose(backend, query, value, softcap, dropout)
+    return _chosen[key]
+
+
+def _choose(
+    backend: str, query: Tensor, value: Tensor, softcap: float | None, dropout: float
+) -> Callable[..., Tensor]:
     candidates: dict[str, tuple[str | None, Callable[..., Tensor]]] = {
         "varlen": (why_not_varlen(query, value, softcap, dropout), varlen_segments),
         "flash_attn": (

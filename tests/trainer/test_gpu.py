@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import dpo_fast
+
+pytest.importorskip("datasets", reason="datasets is not installed on this machine")
+
 from tests.tiny import tiny_model
 from tests.trainer.cells import STRATEGIES, strategy_arguments
 from tests.trainer.parity import Run, config_kwargs, relative_update_error, train

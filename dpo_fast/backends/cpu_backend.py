@@ -165,14 +165,16 @@ class CpuBackend:
         needs: Needs = meta.needs
         accumulate = any(t is not None for t in (into.weight, into.bias, into.lora_b))
         weight, bias, lora_b = into.weight, into.bias, into.lora_b
-        new = torch.empty if len(x) else torch.zeros  # without rows nothing is written
-        if not accumulate:
-            weight = new(meta.vocab, x.shape[1]) if needs.weight else None
-            bias = new(meta.vocab) if needs.bias else None
+        # without rows nothing is written
+        new = torch.empty if len(x) and not accumulate else torch.zeros
+        if needs.weight and weight is None:
+            weight = new(meta.vocab, x.shape[1])
+        if needs.bias and bias is None:
+            bias = new(meta.vocab)
         lora = None
         if kept.lora_a is not None:
             xa = torch.mm(x, kept.lora_a.float().t()).mul_(meta.lora_scale)
-            if not accumulate and needs.lora_b:
+            if needs.lora_b and lora_b is None:
                 lora_b = new(meta.vocab, xa.shape[1])
             b = kept.lora_b if kept.lora_b is not None else xa  # not read: stored
             lora = HeadLoRA(kept.lora_a, b, meta.lora_scale)

@@ -61,6 +61,7 @@ def fused_linear_dpo(
     backend: str = "auto",
     mode: Mode | None = None,
     workspace: int | None = None,
+    main_grad: Tensor | None = None,  # [V, H] float32
 ) -> FusedDPOOutput:
     """``sum_p pair_weight[p] * loss(...)[p]`` from hidden states, in as few GEMMs as there can be.
 
@@ -99,7 +100,8 @@ def fused_linear_dpo(
             engine must sum gradients over the group (where it averages, multiply the loss by the
             group's size). ``ref_logps`` are of whole sequences, lengths in ``stats`` as well.
         group: as :func:`linear_logprobs`; ``ref_weight`` is then split like ``weight``.
-        outputs, backend, mode, workspace, and the head's parameters: as :func:`linear_logprobs`.
+        outputs, backend, mode, workspace, main_grad, and the head's parameters: as
+            :func:`linear_logprobs`.
 
     Returns:
         :class:`FusedDPOOutput`.
@@ -128,6 +130,7 @@ def fused_linear_dpo(
             f"loss={loss!r} must be callable; build_loss({loss!r}) makes one of a name"
         )
     scale = logit_scale / temperature
+    validate.check_main_grad(main_grad, weight)
     hidden, head = _checked_head(policy_hidden, LinearHead(weight, bias, softcap, scale, lora))
     head = head._replace(shard=vocab_shard(group, head.weight))
     validate.check_tokens(hidden, head.vocab, target, ignore_index, cu_seqlens, token_weight)
@@ -157,6 +160,7 @@ def fused_linear_dpo(
         mode=mode,
         workspace=workspace,
         sequence_group=sequence_group,
+        main_grad=main_grad,
     )
     return _run(job, hidden, head)
 

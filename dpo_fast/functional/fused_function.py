@@ -32,7 +32,7 @@ from dpo_fast.backends.scratch import scratch
 from dpo_fast.functional import host
 from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
-from dpo_fast.functional.linear import may_store, whole_grads
+from dpo_fast.functional.linear import late_grads, may_store, whole_grads
 from dpo_fast.functional.masked import MaskedTargets, mask_targets
 from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
 from dpo_fast.functional.pair_stats import PairGroup, group_stats, needed_outputs
@@ -86,6 +86,7 @@ class FusedJob(NamedTuple):
     mode: Any
     workspace: int | None
     sequence_group: Any = None
+    main_grad: Tensor | None = None  # [V, H]
 
 
 class Late(NamedTuple):
@@ -127,7 +128,7 @@ class FusedLinearDPO(torch.autograd.Function):
         with no_autocast(hidden):
             outputs, grads = run_groups(job, hidden, head, needs)
         ctx.set_materialize_grads(False)
-        ctx.late = None
+        ctx.late, ctx.main_grad = None, job.main_grad
         if isinstance(grads, Late):
             ctx.late = (job.backend, grads.saved.meta, shard)
             ctx.save_for_backward(*grads.saved.tensors, grads.dlogps)
@@ -147,15 +148,19 @@ class FusedLinearDPO(torch.autograd.Function):
         if ctx.late is not None:
             backend, meta, shard = ctx.late
             *tensors, dlogps = ctx.saved_tensors
+            saved = Saved(tuple(tensors), meta)
             with no_autocast(dloss):
-                grads = backend.backward(Saved(tuple(tensors), meta), dlogps * dloss)
-                grads = whole_grads(grads, shard)
+                grads = late_grads(backend, saved, dlogps * dloss, shard, ctx.main_grad)
             pairs = zip(grads, ctx.dtypes, strict=True)
             return (*(None if g is None else g.to(d) for g, d in pairs), None, None, None)
         kept = _graph_is_kept()
+        found = HeadGrads(*ctx.saved_tensors)
+        if ctx.main_grad is not None and found.weight is not None:
+            ctx.main_grad.addcmul_(found.weight, dloss)
+            found = found._replace(weight=None)
         scaled = [
             None if g is None else _scaled(g, dloss, d, kept)
-            for g, d in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            for g, d in zip(found, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None)
 

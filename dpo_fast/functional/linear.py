@@ -44,6 +44,7 @@ def linear_logprobs(
     backend: str = "auto",
     mode: Mode | None = None,
     workspace: int | None = None,
+    main_grad: Tensor | None = None,  # [V, H] float32
 ) -> Tensor | LinearLogprobs:
     """``log softmax(z)[target]`` of each row: the log-probability of each target token.
 
@@ -68,6 +69,10 @@ def linear_logprobs(
             same ``hidden`` and ``target``, which counts over the whole vocabulary, and get the same
             log-probs. Reduced: two numbers a token forward (three without the Triton kernels, more
             with ``outputs``), the gradients of hidden and lora.a backward.
+        main_grad: the backward adds the weight's gradient to this tensor, in place and without
+            rounding it, and ``weight.grad`` gets nothing (as Megatron-LM fuses the accumulation of
+            gradients; its optimizer reads ``main_grad``). Nothing that waits for ``weight.grad``,
+            as DDP and FSDP do, will see it.
 
     Returns:
         ``[N]`` float32 (float64 for float64 inputs), 0 where ``target == ignore_index``; with
@@ -92,36 +97,39 @@ def linear_logprobs(
     validate.check_scalars(softcap, logit_scale, temperature, mode, workspace)
     hidden, weight, bias, lora = autocast_head(hidden, weight, bias, lora)
     validate.check_head(hidden, weight, bias, lora)
+    validate.check_main_grad(main_grad, weight)
     shard = vocab_shard(group, weight)
     head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora, shard)
     validate.check_target(target, hidden.shape[0], head.vocab, ignore_index, hidden)
     pick = choose if shard is None else choose_sharded
     chosen = pick(backend, hidden.device.type, hidden.dtype)
-    result = score_valid(chosen, hidden, head, target, ignore_index, names, mode, workspace)
+    how = Scoring(chosen, names, mode, workspace, main_grad)
+    result = score_valid(how, hidden, head, target, ignore_index)
     return result if names else result.logps
 
 
+class Scoring(NamedTuple):
+    """How rows are scored: everything of a call but its rows and its head."""
+
+    backend: HeadBackend
+    outputs: tuple[str, ...]
+    mode: Mode | None
+    workspace: int | None
+    main_grad: Tensor | None = None
+
+
 def score_valid(
-    backend: HeadBackend,
-    hidden: Tensor,
-    head: LinearHead,
-    target: Tensor,
-    ignore_index: int,
-    outputs: tuple[str, ...],
-    mode: Mode | None,
-    workspace: int | None,
+    how: Scoring, hidden: Tensor, head: LinearHead, target: Tensor, ignore_index: int
 ) -> LinearLogprobs:
     """Scores the rows that are not ignored; the others get zeros and no gradient."""
     if not host.on_host(target):
         masked = mask_targets(target, head.vocab, ignore_index)
-        rows = masked.rows(hidden)
-        result = score(backend, rows, head, masked.target, outputs, mode, workspace)
-        return _map(result, masked.values)
+        return _map(score(how, masked.rows(hidden), head, masked.target), masked.values)
     valid = target != ignore_index
     if bool(valid.all()):
-        return score(backend, hidden, head, target, outputs, mode, workspace)
+        return score(how, hidden, head, target)
     rows = valid.nonzero().squeeze(1)
-    result = score(backend, hidden[rows], head, target[rows], outputs, mode, workspace)
+    result = score(how, hidden[rows], head, target[rows])
     return _map(result, lambda t: t.new_zeros(target.shape).index_put((rows,), t))
 
 
@@ -130,15 +138,7 @@ def _map(result: LinearLogprobs, change: Callable[[Tensor], Tensor]) -> LinearLo
     return LinearLogprobs(**present)
 
 
-def score(
-    backend: HeadBackend,
-    hidden: Tensor,
-    head: LinearHead,
-    target: Tensor,
-    outputs: tuple[str, ...],
-    mode: Mode | None,
-    workspace: int | None,
-) -> LinearLogprobs:
+def score(how: Scoring, hidden: Tensor, head: LinearHead, target: Tensor) -> LinearLogprobs:
     """Checked inputs, no ignored rows: straight to the backend, under autograd."""
     lora = head.lora
     found = _LinearLogprobs.apply(
@@ -149,17 +149,18 @@ def score(
         None if lora is None else lora.b,
         target,
         _Options(
-            backend,
+            how.backend,
             head.softcap,
             head.scale,
             0.0 if lora is None else lora.scale,
             head.shard,
-            outputs,
+            how.outputs,
+            how.main_grad,
         ),
-        may_store(backend, head, hidden.shape[0], mode, workspace),
+        may_store(how.backend, head, hidden.shape[0], how.mode, how.workspace),
         torch.is_grad_enabled(),
     )
-    return LinearLogprobs(found[0], **dict(zip(outputs, found[1:], strict=True)))
+    return LinearLogprobs(found[0], **dict(zip(how.outputs, found[1:], strict=True)))
 
 
 def may_store(
@@ -174,7 +175,7 @@ def may_store(
 
 
 class _Options(NamedTuple):
-    """Everything of a call that is no tensor."""
+    """Everything of a call that autograd knows nothing of."""
 
     backend: HeadBackend
     softcap: float | None
@@ -182,6 +183,7 @@ class _Options(NamedTuple):
     lora_scale: float
     shard: VocabShard | None
     outputs: tuple[str, ...]
+    main_grad: Tensor | None
 
 
 def vocab_shard(group: Any, weight: Tensor) -> VocabShard | None:
@@ -205,6 +207,19 @@ def whole_grads(grads: HeadGrads, shard: VocabShard | None) -> HeadGrads:
     return grads
 
 
+def late_grads(
+    backend: HeadBackend,
+    saved: Saved,
+    dlogps: Tensor,
+    shard: VocabShard | None,
+    main_grad: Tensor | None,
+) -> HeadGrads:
+    """A backward's gradients; the weight's goes to ``main_grad`` instead, where there is one."""
+    into = None if main_grad is None else HeadGrads(weight=main_grad)
+    grads = whole_grads(backend.backward(saved, dlogps, into), shard)
+    return grads if main_grad is None else grads._replace(weight=None)
+
+
 class _LinearLogprobs(torch.autograd.Function):
     """Autograd around a backend; what the backend saves belongs to the graph."""
 
@@ -221,7 +236,7 @@ class _LinearLogprobs(torch.autograd.Function):
         store: bool,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
-        backend, softcap, scale, lora_scale, shard, outputs = options
+        backend, softcap, scale, lora_scale, shard, outputs, main_grad = options
         lora = None if lora_a is None or lora_b is None else HeadLoRA(lora_a, lora_b, lora_scale)
         # needs_input_grad does not know of no_grad, and here grad mode is off in any case.
         needs = Needs(*ctx.needs_input_grad[:5]) if grad_enabled else Needs()
@@ -233,7 +248,7 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if saved is not None:
             ctx.save_for_backward(*saved.tensors)
-            ctx.backend, ctx.meta, ctx.shard = backend, saved.meta, shard
+            ctx.backend, ctx.meta, ctx.shard, ctx.main_grad = backend, saved.meta, shard, main_grad
             ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, lora_a)]
         stats = tuple(getattr(result, name) for name in outputs)
         ctx.mark_non_differentiable(*stats)
@@ -244,9 +259,9 @@ class _LinearLogprobs(torch.autograd.Function):
     def backward(ctx: Any, dlogps: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogps is None:
             return (None,) * 9
+        saved = Saved(ctx.saved_tensors, ctx.meta)
         with no_autocast(dlogps):
-            grads = ctx.backend.backward(Saved(ctx.saved_tensors, ctx.meta), dlogps)
-            grads = whole_grads(grads, ctx.shard)
+            grads = late_grads(ctx.backend, saved, dlogps, ctx.shard, ctx.main_grad)
         dtypes = [*ctx.dtypes, ctx.dtypes[-1]]
         narrow = [None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
         return (*narrow, None, None, None, None)

@@ -31,6 +31,7 @@ def sequence_logprobs(
     backend: str = "auto",
     mode: Mode | None = None,
     workspace: int | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """Sum of the targets' log-probs of each sequence, ``[S]`` float32.
 
@@ -62,6 +63,7 @@ def sequence_logprobs(
         backend=backend,
         mode=mode,
         workspace=workspace,
+        main_grad=main_grad,
     )
     assert isinstance(logps, Tensor)
     validate.check_borders(cu_seqlens, hidden.shape[0], hidden)

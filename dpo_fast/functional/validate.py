@@ -109,6 +109,30 @@ def _check_lora(lora: HeadLoRA, weight: Tensor, hidden: Tensor, hidden_name: str
     check_same(lora.b, "lora.b", hidden, hidden_name)
 
 
+def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    """None, or a float32 accumulator (float64 for float64 weights) of the weight's shape."""
+    if main_grad is None:
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad.shape != weight.shape or main_grad.dtype != wide:
+        raise ValueError(
+            f"main_grad is {_shape(main_grad)} of {main_grad.dtype}; it must be {_shape(weight)} "
+            f"of {wide}, as the weight's gradient is accumulated"
+        )
+    if main_grad.device != weight.device or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad is on {main_grad.device} with strides {main_grad.stride()}; it must be "
+            f"contiguous and on {weight.device}, like the weight"
+        )
+    if main_grad.requires_grad:
+        raise ValueError("main_grad requires a gradient; pass main_grad.detach()")
+    if not weight.requires_grad:
+        raise ValueError(
+            "main_grad is given and the weight takes no gradient: nothing would ever be added; "
+            "call weight.requires_grad_(), or pass main_grad=None"
+        )
+
+
 def check_scalars(
     softcap: float | None,
     logit_scale: float,

@@ -105,6 +105,21 @@ def test_odd_shapes(rows, width, vocab):
         check(make(rows, width, vocab), torch.bfloat16, mode=mode, limit=limit)
 
 
+@pytest.mark.parametrize("mode", ["store", "min-memory"])
+def test_main_grad(mode):
+    leaves, target, kwargs = make(300, 512, 32001, bias=True)
+    upstream = torch.randn(300, device="cuda")
+    start = torch.randn(32001, 512, device="cuda")
+    main_grad = start.clone()
+    for given in (None, main_grad):
+        logps = call(
+            linear_logprobs, leaves, target, kwargs, mode=mode, backend="triton", main_grad=given
+        )
+        (logps * upstream).sum().backward()
+    assert leaves["weight"].grad.dtype == torch.bfloat16  # of the first alone
+    assert relative_error(main_grad - start, leaves["weight"].grad) <= 4e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", ["store", "min-memory", "frozen"])
 def test_logits_from_cublas(dtype, mode):

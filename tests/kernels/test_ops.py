@@ -5,7 +5,7 @@ import torch
 
 from dpo_fast.backends import LinearHead, choose
 from dpo_fast.functional import fused_linear_dpo, host, linear_logprobs, sequence_logprobs
-from dpo_fast.functional.linear import score
+from dpo_fast.functional.linear import Scoring, score
 from dpo_fast.naive import naive_linear_dpo, naive_linear_logprobs, naive_sequence_logprobs
 from tests.functional.cases import LENGTHS, SigmoidLoss, borders, gradients, make_case
 from tests.kernels.support import HEADS, interpreted, upstream_of
@@ -55,7 +55,7 @@ def test_traced_whole(mode):
 
     def loss(hidden, weight, target):
         head = LinearHead(weight, None, None, 1.0, None)
-        logps = score(backend, hidden.tanh(), head, target, (), mode, None).logps
+        logps = score(Scoring(backend, (), mode, None), hidden.tanh(), head, target).logps
         return (logps * logps).sum()
 
     leaves = (case.hidden, case.weight)
@@ -167,7 +167,9 @@ def test_two_forwards_before_one_backward_and_retain_graph(engine, way):
 
     def logps(rows):
         head = LinearHead(case.weight, None, None, 1.0, None)
-        return score(backend, case.hidden[rows], head, case.target[rows], (), mode, None).logps
+        return score(
+            Scoring(backend, (), mode, None), case.hidden[rows], head, case.target[rows]
+        ).logps
 
     def grads(loss, keep=True):
         return torch.autograd.grad(loss, leaves, retain_graph=keep)

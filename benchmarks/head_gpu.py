@@ -27,6 +27,7 @@ import torch
 
 from benchmarks.head_plot import draw
 from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, Inputs, Step, make_inputs
+from benchmarks.head_table import write_table
 from benchmarks.machine import RESULTS, machine_line
 from benchmarks.resume import load_parts, save_parts
 
@@ -176,6 +177,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if parts:
         draw(parts, machine_line("cuda"), RESULTS / f"{NAME}.png")
+        write_table(parts, machine_line("cuda"), RESULTS / f"{NAME}.md")
     failed = [
         f"{part}: {name}: {row['left_out']}"
         for part, found in parts.items()

@@ -48,7 +48,8 @@ def draw(parts: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
         panel(axis, name, part["providers"])
     for axis in list(axes.flat)[len(parts) :]:
         axis.set_axis_off()
-    line = ", ".join(str(machine.get(k, "?")) for k in ("gpu", "torch", "triton", "date"))
+    labels = {"gpu": "", "torch": "torch ", "triton": "triton ", "date": ""}
+    line = ", ".join(f"{label}{machine.get(k, '?')}" for k, label in labels.items())
     figure.suptitle(f"LM head of a DPO step, milliseconds ({line})", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     figure.savefig(path, dpi=130)

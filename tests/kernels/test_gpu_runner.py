@@ -91,6 +91,19 @@ def test_fingerprint_sees_code_and_table_but_no_results(tmp_path):
     assert resume.sources(tmp_path) != first
 
 
+def test_table_of_the_head_s_benchmark(tmp_path):
+    from benchmarks.head_table import write_table
+
+    row = {"ms": 12.345, "tflops": 700.0, "peak_gib": 1.5, "over_gemms": 1.0, "over_ours": 0.8}
+    providers = {"gemms": row | {"host_ms": 0.12}, "trl": {"left_out": "ImportError: none"}}
+    part = {"batch": {"pairs": 3}, "gemm_count": 4, "error_nats": 1e-5, "providers": providers}
+    write_table({"m N=1 forward": part}, {"gpu": "a GPU"}, tmp_path / "a.md")
+    lines = (tmp_path / "a.md").read_text().splitlines()
+    assert "| gemms | 12.35 | 0.12 | 700 | 1.000 | 1.250 | 1.50 |" in lines
+    (absent,) = [line for line in lines if "ImportError" in line]
+    assert absent.count("|") == lines[lines.index(absent) - 1].count("|")
+
+
 def test_picture_of_the_head_s_benchmark(tmp_path):
     from benchmarks.head_plot import draw
 

@@ -1,6 +1,7 @@
 """What every test relies on: one thread, no network, fixed seeds, gpu tests skipped by name."""
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -55,6 +56,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         skip = pytest.mark.skip(reason="gpu: no CUDA device on this machine (make test-gpu)")
         for item in gpu_items:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: every training collects garbage first, and looking through
+    all modules takes it half a second.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # extensions complain of what is never freed
 
 
 _dead: list[str] = []  # the test after which the CUDA context answers nothing but errors

@@ -1,5 +1,6 @@
 """What precomputed log-probs would save: memory exactly, seconds by a quick measurement."""
 
+import functools
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,9 @@ def count_tokens(dataset: "Dataset", max_length: int | None) -> int:
     return total
 
 
+@functools.cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one ``[1024, 1024]`` product, best of a few; takes some 20 ms."""
+    """FLOP/s of one ``[1024, 1024]`` product, best of a few; measured once a process."""
     a = torch.ones(_SIZE, _SIZE, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(4):

@@ -1,21 +1,26 @@
 """Real ranks: one process each, gloo between them, as torchrun would start them."""
 
+import atexit
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.nursery import Child, rank_environments
+
 TIMEOUT = 540.0
 # `make test` puts DeepSpeed into a folder of its own: where it can be imported, accelerate and TRL
 # do so in every process, and it costs seconds.
 DEEPSPEED = Path(sys.prefix) / "deepspeed"
+_MARK = "DS_ACCELERATOR"  # set where DeepSpeed is found
+_helper: subprocess.Popen[str] | None = None
 
 
 def has_deepspeed() -> bool:
@@ -37,38 +42,42 @@ def launch(
         AssertionError: a rank failed; with the end of its output. The others are stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.distributed.launch", worker, json.dumps(spec)]
-    logs, processes = [], []
-    for rank in range(ranks):
-        ours = {"RESULT": str(folder / f"result{rank}.pt")}
-        if not alone:
-            ours |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-        env = {**os.environ, **ours, **_engine_environment(spec)}
-        logs.append(folder / f"rank{rank}.log")
-        with open(logs[-1], "wb") as out:
-            processes.append(subprocess.Popen(command, env=env, stdout=out, stderr=out))
+    results = [str(folder / f"result{rank}.pt") for rank in range(ranks)]
+    zero = spec["engine"].startswith("zero")
+    if zero and os.environ.get(_MARK) != "cpu":
+        _with_deepspeed([ranks, worker, spec, str(folder)])
+        return [torch.load(result) for result in results]
+    environments = [{"ACCELERATE_USE_CPU": "true"}] if alone else rank_environments(ranks)
+    logs = [folder / f"rank{rank}.log" for rank in range(ranks)]
+    processes = []
+    for result, log, env in zip(results, logs, environments, strict=True):
+        if zero:
+            del env["ACCELERATE_USE_CPU"]
+        processes.append(Child(log, _rank, worker, spec, result, env=env))
     _wait(processes, logs)
-    return [torch.load(folder / f"result{rank}.pt") for rank in range(ranks)]
+    return [torch.load(result) for result in results]
 
 
-def _engine_environment(spec: dict[str, Any]) -> dict[str, str]:
-    if not spec["engine"].startswith("zero"):
-        return {"ACCELERATE_USE_CPU": "true"}
-    paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
-    return {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+def _with_deepspeed(arguments: list[Any]) -> None:
+    """Launch by the helper, which finds DeepSpeed; it is started once a process."""
+    global _helper
+    if _helper is None:
+        paths = [str(DEEPSPEED), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, _MARK: "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-m", "tests.distributed.deepspeed_helper"]
+        _helper = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        atexit.register(_helper.kill)
+    assert _helper.stdin is not None and _helper.stdout is not None
+    print(json.dumps(arguments), file=_helper.stdin, flush=True)
+    answer = _helper.stdout.readline()
+    assert answer, f"the helper ended with {_helper.wait()}"
+    error = json.loads(answer)
+    assert not error, error
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path]) -> None:
+def _wait(processes: list[Child], logs: list[Path]) -> None:
     """Until all are done, or one has failed."""
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -92,18 +101,10 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace")[-6000:]
 
 
-def _main() -> None:
-    from importlib import import_module
-
-    worker, spec = sys.argv[1], json.loads(sys.argv[2])
+def _rank(worker: str, spec: dict[str, Any], result: str) -> None:
     module = import_module(f"tests.distributed.{worker}")
     torch.set_num_threads(1)
-    result = module.main(spec, int(os.environ.get("RANK", "0")))
-    torch.save(result, os.environ["RESULT"])
+    torch.save(module.main(spec, int(os.environ.get("RANK", "0"))), result)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    _main()

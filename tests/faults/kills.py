@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_fast.checkpoint import verify_checkpoint
 from tests.faults import jobs
-from tests.faults.nursery import Child, run
+from tests.nursery import Child, run
 
 STRATEGIES = ("precomputed", "ema", "frozen", "adapter")
 FINAL = f"checkpoint-{jobs.STEPS}"

@@ -12,7 +12,7 @@ from dpo_fast.checkpoint import newest_complete_checkpoint, verify_checkpoint
 from dpo_fast.reference.cache import LogpsCache
 from tests.faults import jobs
 from tests.faults.kills import assert_nothing_partial, cached_rows
-from tests.faults.nursery import Child, run
+from tests.nursery import Child, run
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_fast.lock import LOCK_FILE, folder_lock
-from tests.faults.nursery import Child, ends, launch, wait_until
+from tests.nursery import Child, ends, launch, wait_until
 
 
 def hold(folder: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.jobs import STEPS, train_rank
 from tests.faults.kills import assert_nothing_partial, result_of
-from tests.faults.nursery import PATIENCE, Child, ends, launch
+from tests.nursery import PATIENCE, Child, ends, launch
 
 
 def both(folder: Path, trouble: list[Any], **overrides: Any) -> list[Child]:

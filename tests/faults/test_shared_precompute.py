@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.faults.kills import assert_nothing_partial, cached_rows
-from tests.faults.nursery import Child, ends, launch, run
 from tests.faults.shared_jobs import BATCH, PART, ROWS, fill
+from tests.nursery import Child, ends, launch, run
 
 Facts = dict[str, Any]
 

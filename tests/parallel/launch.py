@@ -1,15 +1,12 @@
 """Runs a function of the tests in several gloo processes and gives back what each of them found."""
 
-import os
-import socket
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TIMEOUT = 400  # seconds; the machine may be busy
+from tests.nursery import Child, ends, rank_environments
 
 
 def run_ranks(target: str, ranks: int, folder: Path, *args: Any, **env: str) -> list[Any]:
@@ -17,39 +14,18 @@ def run_ranks(target: str, ranks: int, folder: Path, *args: Any, **env: str) -> 
 
     Environment variables of ``env`` are set in all of them. A rank that fails shows its output.
     """
+    function = target.partition(":")[2]
+    results = [str(folder / f"{function}.{rank}") for rank in range(ranks)]
+    children = [
+        Child(folder / f"{function}.{rank}.txt", _rank, target, rank, result, *args, env=own | env)
+        for rank, (result, own) in enumerate(zip(results, rank_environments(ranks), strict=True))
+    ]
+    codes = ends(children)
+    assert codes == [0] * ranks, "\n".join([f"exit codes {codes}", *(c.text() for c in children)])
+    return [torch.load(result, weights_only=False) for result in results]
+
+
+def _rank(target: str, rank: int, result: str, *args: Any) -> None:
     module, function = target.split(":")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ", ".join(map(repr, args))
-    processes = []
-    for rank in range(ranks):
-        code = (
-            f"import torch; from {module} import {function}\n"
-            f"found = {function}({rank}, {arguments})\n"
-            f"torch.save(found, {str(folder / f'{function}.{rank}')!r})"
-        )
-        variables = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            **env,
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=TIMEOUT)[0] for process in processes]
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}:\n{output[-6000:]}"
-    return [torch.load(folder / f"{function}.{rank}", weights_only=False) for rank in range(ranks)]
+    torch.set_num_threads(1)
+    torch.save(getattr(import_module(module), function)(rank, *args), result)

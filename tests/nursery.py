@@ -1,5 +1,8 @@
-"""Processes that can be killed, made cheaply: forked from a server that has imported everything."""
+"""Processes that can be killed, and ranks, made cheaply: forked from a server that has imported
+everything (8 s of CPU time a process otherwise).
+"""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -10,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.jobs"])
+PRELOADED = ["tests.faults.jobs"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 PATIENCE = 240.0
 
@@ -29,6 +33,10 @@ class Child:
     def pid(self) -> int:
         assert self._process.pid is not None
         return self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._process.exitcode
 
     def kill(self, after: float = 0.0) -> None:
         """SIGKILL, as soon as ``after`` seconds have passed or it has ended by itself."""
@@ -57,22 +65,27 @@ def run(folder: Path, job: Callable[..., None], *args: Any) -> str:
 
 
 def launch(folder: Path, size: int, job: Callable[..., None], *args: Any) -> list[Child]:
-    """``size`` ranks of a gloo launch."""
+    """``size`` ranks of a gloo launch, each with the same arguments."""
     folder.mkdir(parents=True, exist_ok=True)
+    return [
+        Child(folder / f"rank{rank}.txt", job, *args, env=env)
+        for rank, env in enumerate(rank_environments(size))
+    ]
+
+
+def rank_environments(size: int) -> list[dict[str, str]]:
+    """What torchrun would set in each rank of one launch, over a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
         "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    children = []
-    for rank in range(size):
-        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        children.append(Child(folder / f"rank{rank}.txt", job, *args, env=env))
-    return children
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def ends(children: Sequence[Child]) -> list[int]:
@@ -93,4 +106,5 @@ def _run(log: str, env: dict[str, str], job: Callable[..., None], args: tuple[An
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(env)
+    gc.freeze()  # accelerate collects before each training: not what was imported
     job(*args)

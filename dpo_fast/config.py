@@ -151,6 +151,10 @@ class DPOConfig(TrainingArguments):
         "What stays of a precomputed reference for data to come: path, cpu, none; auto: the path "
         "if there is one.",
     )
+    ref_offload: bool = _option(
+        False,
+        "Keep the layers of a frozen reference in host memory and fetch each one layer ahead.",
+    )
     ref_ema_rounding: str = _option(
         "auto",
         "TR-DPO in bf16: stochastic (unbiased), shadow (fp32 copy) or nearest (loses small steps); "

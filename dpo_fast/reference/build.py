@@ -91,7 +91,10 @@ def build_reference(
             seed=args.seed,
         )
     else:
-        reference = _standing(plan, policy, ref_model, scoring, device, fresh=plan.fresh)
+        offload = getattr(args, "ref_offload", False)
+        reference = _standing(
+            plan, policy, ref_model, scoring, device, fresh=plan.fresh, offload=offload
+        )
     if str(getattr(args, "save_strategy", "no")).rpartition(".")[2].lower() != "no":
         reference.fingerprint()  # for checkpoints; sharded weights could not be identified any more
     _say(log, f"{plan.line()} {reference.describe()}.")
@@ -108,13 +111,16 @@ def _standing(
     device: torch.device,
     *,
     fresh: bool,
+    offload: bool = False,
 ) -> FrozenReference | AdapterReference:
-    """A reference that stays on the device."""
+    """A reference that stays on the device; one that is to be offloaded never goes there."""
+    if offload:
+        device = torch.device("cpu")
     if ref_model is not None:
         return FrozenReference(move_model(ref_model, device), policy, scoring)
     if plan.name == "adapter" or (plan.name == "ema" and plan.situation.peft != "no"):
         return AdapterReference(policy, fresh=fresh, scoring=scoring)
-    return FrozenReference.copy_of(policy, scoring=scoring)
+    return FrozenReference.copy_of(policy, device=device if offload else None, scoring=scoring)
 
 
 def _source(

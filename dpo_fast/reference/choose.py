@@ -71,7 +71,8 @@ def choose_reference(
     """The strategy for a trainer's arguments.
 
     Args:
-        args: with the fields ``reference``, ``precompute_ref_log_probs`` and ``sync_ref_model``.
+        args: with the fields ``reference``, ``precompute_ref_log_probs``, ``sync_ref_model`` and
+            ``ref_offload``.
         model: the policy; a ``PeftModel`` where it has an adapter.
         ref_model: as given.
         adapter_is_new: the adapter was made for this run.
@@ -89,7 +90,7 @@ def choose_reference(
     peft: Peft = "no"
     if is_peft_model(model):
         peft = "new" if adapter_is_new else "continued"
-    return decide(
+    plan = decide(
         Situation(
             asked=args.reference,
             precompute_flag=args.precompute_ref_log_probs,
@@ -101,6 +102,12 @@ def choose_reference(
             trained=any(p.requires_grad for p in model.parameters()),
         )
     )
+    if getattr(args, "ref_offload", False) and plan.name != "frozen":
+        raise ValueError(
+            "ref_offload=True keeps the layers of a frozen second model in host memory, and this "
+            f"run's {plan.line()} Drop ref_offload, or set reference='frozen'."
+        )
+    return plan
 
 
 def decide(situation: Situation) -> ReferencePlan:

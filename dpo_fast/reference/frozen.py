@@ -17,6 +17,7 @@ from dpo_fast.reference.adapters import adapter_fingerprint
 from dpo_fast.reference.checks import check_finite, check_vocabulary
 from dpo_fast.reference.estimate import size_text, weight_bytes
 from dpo_fast.reference.fingerprint import model_fingerprint
+from dpo_fast.reference.layer_stream import LayerStream
 from dpo_fast.reference.scored import ScoredReference, Scoring
 from dpo_fast.reference.shards import is_unit, local_of, reshard
 
@@ -37,6 +38,7 @@ class FrozenReference(ScoredReference):
     """
 
     name = "frozen"
+    stream: LayerStream | None = None  # layers that wait in host memory
 
     def __init__(self, model: nn.Module, policy: nn.Module, scoring: Scoring | None = None) -> None:
         if base_causal_lm(model) is base_causal_lm(policy):
@@ -56,10 +58,24 @@ class FrozenReference(ScoredReference):
         policy: nn.Module,
         *,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
         scoring: Scoring | None = None,
     ) -> "FrozenReference":
-        """A reference with the weights that ``policy`` has now, edits in memory included."""
-        return cls(frozen_copy(policy, dtype), policy, scoring)
+        """A reference with the weights that ``policy`` has now, edits in memory included.
+
+        Args:
+            dtype, device: of the copy; None: the policy's.
+        """
+        return cls(frozen_copy(policy, dtype, device), policy, scoring)
+
+    def offload_layers(self, device: torch.device) -> LayerStream:
+        """From here on the layers wait in host memory and come to ``device`` one ahead.
+
+        Raises:
+            ValueError: the model cannot be streamed (:class:`LayerStream`).
+        """
+        self.stream = LayerStream(self.model, device)
+        return self.stream
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -61,6 +61,8 @@ def reference_config(accelerator: Any, args: Any, dtype: torch.dtype) -> dict[st
     own: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if str(zero.get(_OFFLOAD, {}).get("device", "none")) != "none":
         own[_OFFLOAD] = zero[_OFFLOAD]
+    elif args.ref_offload:
+        own[_OFFLOAD] = {"device": "cpu", "pin_memory": args.device.type == "cuda"}
     return {
         "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
         "zero_optimization": own,

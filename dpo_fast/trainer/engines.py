@@ -68,22 +68,37 @@ class EnginesMixin:
             cast_early(self.accelerator, self.args, self.model, ref_model)
 
     def shard_reference(self) -> None:
-        """Give a reference that is a model of its own to the engine, as the policy will be."""
+        """Give a reference that is a model of its own to the engine, as the policy will be; with
+        ``ref_offload`` its weights wait in host memory.
+
+        Raises:
+            ValueError: ``ref_offload`` of a model whose layers cannot be streamed.
+        """
         module = getattr(self.reference, "module", None)
-        if module is None or self.engine in ("single", "ddp"):
+        if module is None:
             return
+        offload = self.args.ref_offload
         if self.engine == "fsdp2":
             if self.reference.name == "frozen":
                 hold_as_computed(self.accelerator.state.fsdp_plugin, module)
-            shard_with_fsdp2(self.accelerator, module)
+            shard_with_fsdp2(self.accelerator, module, offload=offload)
+        elif self.engine in ("single", "ddp", "zero2") and offload:
+            self._say(self.reference.offload_layers(self.args.device).describe())
+            return
+        elif self.engine in ("single", "ddp"):
+            return
         else:
             from dpo_fast.trainer.deepspeed import place_reference
 
             self._reference_engine = place_reference(
                 self.engine, self.accelerator, module, self.args
             )
+        where = ", in host memory" if offload else ""
+        self._say(f"The reference is held as the policy is ({self.engine}){where}.")
+
+    def _say(self, text: str) -> None:
         if self.is_world_process_zero():  # type: ignore[attr-defined]
-            logger.info("The reference is held as the policy is (%s).", self.engine)
+            logger.info("%s", text)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; before training the model is given to the engine first.
@@ -193,22 +208,34 @@ def hold_as_computed(plugin: Any, module: nn.Module) -> None:
             param.data = param.data.to(dtype)
 
 
-def shard_with_fsdp2(accelerator: Any, module: nn.Module, *, remember: bool = False) -> None:
+def shard_with_fsdp2(
+    accelerator: Any, module: nn.Module, *, remember: bool = False, offload: bool = False
+) -> None:
     """``fully_shard`` by accelerate's plugin, layer by layer, in place.
 
-    ``remember``: the plugin keeps the classes of this model's layers; they are not found again by
-    name in a model that is sharded.
+    Args:
+        remember: the plugin keeps the classes of this model's layers; they are not found again by
+            name in a model that is sharded.
+        offload: the shards wait in host memory, whatever the plugin does with the policy's; each
+            layer's are copied as FSDP2 gathers it, which is one layer ahead.
     """
     from accelerate.utils import fsdp2_prepare_model
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     plugin = accelerator.state.fsdp_plugin
     # which classes are layers is remembered from the first model, and the policy's may differ
-    layers = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    before = {
+        name: getattr(plugin, name)
+        for name in ("auto_wrap_policy", "transformer_cls_names_to_wrap", "cpu_offload")
+    }
+    if offload:
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=accelerator.device.type == "cuda")
     try:
         fsdp2_prepare_model(accelerator, module)
     finally:
-        if not remember:
-            plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = layers
+        for name, value in before.items():
+            if name == "cpu_offload" or not remember:
+                setattr(plugin, name, value)
 
 
 @torch.no_grad()

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 
 from benchmarks.head_plot import draw
-from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, Inputs, Step, make_inputs
+from benchmarks.head_providers import FORWARD, MODELS, PROVIDERS, make_inputs
 from benchmarks.head_table import write_table
 from benchmarks.machine import RESULTS, machine_line
 from benchmarks.resume import load_parts, save_parts
+from dpo_fast.bench.case import Step
+from dpo_fast.bench.heads.inputs import Inputs
 
 SETTINGS = {
     "full/online": {"frozen": False, "online": True},
@@ -120,7 +122,7 @@ def run_part(model: str, rows: int, setting: str, names: list[str], rounds: int)
     known = FORWARD if setting == "forward" else PROVIDERS
     steps, notes = prepare(x, known, [n for n in known if n in names or known is FORWARD])
     times, host = measure(steps, rounds)
-    count = 1 if setting == "forward" else 2 + (not x.frozen) + x.online
+    count = 1 if setting == "forward" else x.shape.num_gemms
     flop = 2.0 * rows * shape.vocab * shape.hidden * count
     for name, values in times.items():
         middle = statistics.median(values)

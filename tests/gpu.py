@@ -5,6 +5,8 @@
 A part that passed with the same sources is skipped, no new one is started after --seconds, and
 what happened is written after each part to benchmarks/results/test_gpu.json: run the same command
 again until it says that everything passed. The order is from the smallest thing to the largest.
+The part "together", which runs only when it is named, is all of them but the sanitizer in one call
+on as many processes as there are cores: a minute where the parts take several.
 """
 
 import argparse
@@ -50,6 +52,13 @@ PARTS = {
         sanitizer=True,
     ),
 }
+
+
+TOGETHER = "together"
+PARTS[TOGETHER] = Part(
+    tuple(sorted({t for part in PARTS.values() for t in part.tests if t.endswith(".py")})),
+    workers=min(14, os.cpu_count() or 1),
+)
 
 
 def command_of(part: Part, report: Path) -> list[str]:
@@ -125,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(PARTS)}")
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device here; `make test` runs what needs none")
-    names = options.parts or list(PARTS)
+    names = options.parts or [name for name in PARTS if name != TOGETHER]
     results = load_parts(NAME)
     if options.list:
         print("\n".join(f"{n}: {results.get(n, 'not run with these sources')}" for n in PARTS))

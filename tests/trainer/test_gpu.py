@@ -14,7 +14,7 @@ pytest.importorskip("datasets", reason="datasets is not installed on this machin
 
 from tests.tiny import tiny_model
 from tests.trainer.cells import STRATEGIES, strategy_arguments
-from tests.trainer.parity import Run, config_kwargs, relative_update_error, train
+from tests.trainer.parity import Run, config_kwargs, perturbed, relative_update_error, train
 
 pytestmark = pytest.mark.gpu
 
@@ -48,6 +48,25 @@ def test_training_follows_the_cpu(strategy: str, layout: str, tmp_path: Path) ->
         for key in ("loss", "logps/chosen", "logps/rejected", "entropy"):
             assert ours[key] == pytest.approx(theirs[key], rel=0.02, abs=0.02), key
     assert relative_update_error(on_gpu, on_cpu) < 0.1
+
+
+def test_an_offloaded_reference_gives_the_same_bits() -> None:
+    """Its layers come from pinned memory on a stream of their own."""
+    policy = tiny_model("llama", num_hidden_layers=5)
+    options = {**SGD, "use_cpu": False, "bf16": True, "batch_layout": "packed"}
+    logs = [
+        train(
+            dpo_fast.Trainer,
+            dpo_fast.DPOConfig,
+            policy,
+            ref_model=perturbed(policy),
+            config=config_kwargs(**options, ref_offload=offload),
+        ).log
+        for offload in (False, True)
+    ]
+    for kept, streamed in zip(*logs, strict=True):
+        for key in ("loss", "rewards/chosen", "rewards/rejected", "grad_norm"):
+            assert kept[key] == streamed[key], key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

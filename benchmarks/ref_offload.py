@@ -1,6 +1,6 @@
 """A frozen reference whose layers wait in host memory: what it saves on a GPU, and what it costs.
 
-    python -m benchmarks.ref_offload            # Llama-3-8B's shape, bf16; needs 32 GiB of host memory
+    python -m benchmarks.ref_offload   # Llama-3-8B's shape, bf16; 32 GiB of host memory
 
 Two references with the same random weights, one that stays on the device and one that streams,
 score the same padded rows in turn. Before anything is timed, the log-probs must be the same bits.
@@ -107,18 +107,17 @@ def main() -> None:
             raise AssertionError(f"{rows} rows: the streamed log-probs are other bits")
         peaks = {"stays": peak_of(stays, given), "streams": peak_of(streams, given)}
         steps = {
-            "stays": lambda g=given: stays.logps(g),
-            "streams": lambda g=given: streams.logps(g),
+            "stays": lambda given=given: stays.logps(given),
+            "streams": lambda given=given: streams.logps(given),
         }
         times = take_turns(steps, options.rounds, "cuda")
+        median = {name: statistics.median(values) for name, values in times.items()}
         found = {
             "tokens": rows * WIDTH,
-            "seconds": {name: statistics.median(values) for name, values in times.items()},
+            "seconds": median,
             "ratio": median_ratio(times["streams"], times["stays"]),
             "peak_bytes_of_a_forward": peaks,
-            "copied_gb_per_s": streams.stream.host_bytes
-            / 1e9
-            / statistics.median(times["streams"]),
+            "copied_gb_per_s": streams.stream.host_bytes / 1e9 / median["streams"],
         }
         result["forwards"].append(found)
         print(found, flush=True)

@@ -14,6 +14,7 @@ from tests.trainer.parity import config_kwargs, rows
 
 STRATEGIES = ("frozen", "adapter", "precomputed", "ema")
 LAYOUTS = ("padded", "packed", "shared_prefix")
+OFFLOADED = "frozen, offloaded"
 PAIRS = 4  # of a step, over all ranks
 
 
@@ -38,11 +39,14 @@ def build(strategy: str, layout: str, ranks: int, **overrides: Any) -> Any:
     """A trainer of five AdamW steps whose global batch does not depend on ``ranks``.
 
     ``"bf16"`` and ``"bf16-adapter"``: mixed precision, and the reference is the policy as it is at
-    the start; the adapter's moves.
+    the start; the adapter's moves. ``OFFLOADED``: "frozen" with its weights in host memory.
     """
     import dpo_fast
 
-    arguments, shared, own = strategy_arguments(strategy)
+    offload = strategy == OFFLOADED
+    arguments, shared, own = strategy_arguments("frozen" if offload else strategy)
+    if offload:
+        own["ref_offload"] = True
     if strategy == "bf16":
         arguments, own = {}, {"reference": "frozen", "bf16": True}
     if strategy == "bf16-adapter":

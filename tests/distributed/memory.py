@@ -1,7 +1,7 @@
-"""One rank: what FSDP2 holds gathered at each moment of a step, policy and frozen reference.
+"""One rank: what FSDP2 holds at each moment of a step, policy and frozen reference.
 
-Gathered bytes are those of parameters that are not shards, looked at before and after every
-decoder layer and every model, forwards and backwards.
+Peaks are those of :mod:`tests.distributed.census`. Gathered bytes are those of parameters that are
+not shards, looked at before and after every decoder layer and every model, forwards and backwards.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import cells
+from tests.distributed.census import watch_second_step
 from tests.distributed.train_cells import check_engine, reset, use
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.parity import config_kwargs, perturbed, rows
@@ -25,24 +26,38 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6}
 
 
-def main(spec: dict[str, Any], rank: int) -> dict[str, float]:
-    """Bytes by name."""
+def main(spec: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Bytes by name. ``spec``: engine "single" or "fsdp2", ranks, folder."""
     reset()
+    if spec["engine"] == "single":
+        trainer = build(1, {"ddp_backend": None})
+        census = watch_second_step(trainer)
+        trainer.train()
+        return {"peaks": census.peaks, "before": census.before}
     overrides = use("fsdp2")
     check_completed(rank)
     trainer = build(spec["ranks"], overrides)
-    models = [trainer.model, trainer.ref_model]
-    gathered = Gathered(models)
+    gathered = Gathered([trainer.model, trainer.ref_model])
     whole = cells.whole(trainer.model)
+    census = watch_second_step(trainer)
     trainer.train()
     check_engine(trainer, "fsdp2", spec["ranks"])
-    layer = sum(t.nbytes for n, t in whole.items() if ".layers.0." in n)
-    return {
-        "layer": layer,
+    found = {
+        "layer": sum(t.nbytes for n, t in whole.items() if ".layers.0." in n),
         "root": sum(t.nbytes for n, t in whole.items() if ".layers." not in n),
         "model": sum(t.nbytes for t in whole.values()),
         "gathered": gathered.most,
         "looks": gathered.looks,
+        "peaks": census.peaks,
+        "before": census.before,
+    }
+    reset()
+    trainer = build(spec["ranks"], {**overrides, "reference": "precomputed"})
+    census = watch_second_step(trainer)
+    trainer.train()
+    return {
+        **found,
+        "peaks without": census.peaks,
         "example": run_example(spec["folder"]),
     }
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cells import LAYOUTS, STRATEGIES
+from tests.distributed.cells import LAYOUTS, OFFLOADED, STRATEGIES
 from tests.distributed.launch import has_deepspeed, launch
+from tests.trainer.cells import strategy_arguments
 from tests.trainer.parity import Run, assert_same_log, relative_update_error
 
 pytestmark = pytest.mark.skipif(
@@ -23,11 +24,12 @@ ZERO2 = [("frozen", "packed"), ("ema", "packed")]
 # One pair a rank, and shards that not every rank has a part of.
 FOUR = [("frozen", "shared_prefix"), ("ema", "packed")]
 BF16 = [("bf16", "shared_prefix"), ("bf16-adapter", "packed")]
+WAITING = (OFFLOADED, "packed")
 LAUNCHES: dict[str, tuple[int, list[tuple[str, Any]]]] = {
     "one": (1, [("single", ALL)]),
-    "two": (2, [("ddp", ALL), ("fsdp2", [*ALL, *BF16])]),
+    "two": (2, [("ddp", ALL), ("fsdp2", [*ALL, *BF16, WAITING])]),
     "four": (4, [("fsdp2", FOUR)]),
-    "zero": (2, [("zero3", ZERO3), ("zero2", ZERO2)]),
+    "zero": (2, [("zero3", [*ZERO3, WAITING]), ("zero2", ZERO2)]),
 }
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     not has_deepspeed(), reason="deepspeed: not installed (make test does)"
@@ -70,8 +72,19 @@ def assert_same(ours: dict[str, Any], one: dict[str, Any]) -> None:
         if "rewards" in key or "logps" in key or key == "eval_loss":
             assert value == pytest.approx(one["eval"][key], rel=1e-5, abs=1e-5), key
     assert ("reference" in ours) == ("reference" in one)
-    for name, expected in one.get("reference", {}).items():
-        torch.testing.assert_close(ours["reference"][name], expected, rtol=1e-3, atol=1e-5)
+    if "reference" in one:
+        assert ours["reference"].keys() == one["reference"].keys()
+        assert relative_move_error(ours["reference"], one["reference"]) <= 1e-3
+
+
+def relative_move_error(ours: dict[str, Any], one: dict[str, Any]) -> float:
+    """``|| reference - reference of one || / || how far that one has moved ||``."""
+    reference = strategy_arguments("ema")[0]["ref_model"]
+    start = {name: param.detach() for name, param in reference.named_parameters()}
+    names = [f"ref.{name}" for name in start]
+    error = torch.stack([(ours[name] - one[name]).norm() for name in names]).norm()
+    moved = [(one[f"ref.{name}"] - tensor).norm() for name, tensor in start.items()]
+    return float(error / torch.stack(moved).norm())
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -99,6 +112,14 @@ def test_two_ranks_of_zero3(strategy: str, layout: str, results: Any) -> None:
 def test_two_ranks_of_zero2(strategy: str, layout: str, results: Any) -> None:
     cell = f"{strategy}/{layout}"
     assert_same(results("zero")[f"zero2/{cell}"], results("one")[f"single/{cell}"])
+
+
+@pytest.mark.parametrize(
+    "name,engine", [("two", "fsdp2"), pytest.param("zero", "zero3", marks=NEEDS_DEEPSPEED)]
+)
+def test_a_reference_that_waits_on_the_host(name: str, engine: str, results: Any) -> None:
+    ours = results(name)[f"{engine}/{OFFLOADED}/packed"]
+    assert_same(ours, results("one")["single/frozen/packed"])
 
 
 @pytest.mark.parametrize("strategy,layout", BF16)

@@ -91,8 +91,30 @@ def check_engine(trainer: Any, engine: str, ranks: int) -> None:
         for model in models:
             reshard_all(model)
             assert_sharded(model, ranks)
+        assert not waits_on_the_host(trainer.model)
+        if trainer.ref_model is not None:
+            assert waits_on_the_host(trainer.ref_model) == trainer.args.ref_offload
     elif engine == "zero3":
         for model in models:
             assert all(p.ds_tensor.ds_numel < p.ds_numel for p in model.parameters())
+        if trainer.args.ref_offload:
+            assert trainer._reference_engine.zero_offload_param().device == "cpu"
+            assert getattr(trainer.deepspeed.zero_offload_param(), "device", "none") == "none"
     elif engine == "ddp":
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+
+
+def waits_on_the_host(model: Any) -> bool:
+    """Whether every unit of FSDP2 copies its shards from the host; all do, or none does."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    from dpo_fast.reference.shards import is_unit
+
+    groups = [
+        group
+        for unit in filter(is_unit, model.modules())
+        for group in unit._get_fsdp_state()._fsdp_param_groups
+    ]
+    found = {isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups}
+    assert len(groups) > 2 and len(found) == 1
+    return found.pop()

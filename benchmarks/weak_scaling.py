@@ -170,18 +170,31 @@ def prefetch_off(gpus: int = 64) -> dict[str, float]:
     return found
 
 
+AXES = ("network", "tokens", "model", "reference", "engine", "gpus")
+
+
 def written(result: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """JSON with one cell a line, numbers to five digits."""
-
-    def short(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: short(v) for k, v in value.items() if v}
-        return float(f"{value:.5g}") if isinstance(value, float) else value
-
-    cells = [{k: short(v) for k, v in r.items()} for r in rows]
-    lines = ",\n".join(json.dumps(c, separators=(",", ":")) for c in cells)
-    head = json.dumps(result, indent=1).removesuffix("\n}")
-    return f'{head},\n "rows": [\n{lines}\n ]\n}}\n'
+    """JSON with the cells by column, one number a cell to four digits, in the order of ``axes``:
+    the last turns fastest. ``gb_sent`` has a column for each part that is sent at all.
+    """
+    axes = {name: list(dict.fromkeys(row[name] for row in rows)) for name in AXES}
+    assert [tuple(row[n] for n in AXES) for row in rows] == list(product(*axes.values()))
+    columns: dict[str, Any] = {
+        "seconds": [row["seconds"] for row in rows],
+        "simulated / closed form": [row["simulated_seconds"] / row["seconds"] for row in rows],
+        "efficiency": [row["efficiency"] for row in rows],
+        "state_gb": [row["state_gb"] for row in rows],
+        "fits": [int(row["fits"]) for row in rows],
+    }
+    for part in rows[0]["gb_sent"]:
+        columns[f"gb_sent, {part}"] = [row["gb_sent"][part] for row in rows]
+    lines = [
+        f"  {json.dumps(name)}: [{','.join(f'{value:.4g}' for value in values)}]"
+        for name, values in columns.items()
+        if any(values)
+    ]
+    head = json.dumps({**result, "axes": axes}, indent=1).removesuffix("\n}")
+    return head + ',\n "columns": {\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from itertools import product
+from math import prod
 
 import pytest
 
@@ -121,11 +123,25 @@ def test_a_slower_layer_is_seen_by_the_simulation_only():
 
 
 def test_the_benchmark_writes_table_and_picture(tmp_path, capsys):
-    from benchmarks.weak_scaling import main
+    from benchmarks.weak_scaling import find, main, table
 
     main(["--out", str(tmp_path)])
     result = json.loads((tmp_path / "weak_scaling_model.json").read_text())
     assert result["what"] == "modelled, not measured"
     assert result["largest_gap_of_simulation_to_closed_form"] < 0.02
+    axes, columns = result["axes"], result["columns"]
+    rows = table()
+    assert len(rows) == prod(len(values) for values in axes.values())
+    assert all(len(values) == len(rows) for values in columns.values())
+    for number, values in enumerate(product(*axes.values())):
+        if number % 97 == 0:
+            row = find(rows, **dict(zip(axes, values, strict=True)))[0]
+            found = {name: column[number] for name, column in columns.items()}
+            assert found["efficiency"] == pytest.approx(row["efficiency"], rel=1e-3)
+            assert found["seconds"] == pytest.approx(row["seconds"], rel=1e-3)
+            for part in ("gather", "reduce", "activations", "head"):
+                sent = row["gb_sent"][part]
+                assert found[f"gb_sent, {part}"] == pytest.approx(sent, rel=1e-3)
+    assert (tmp_path / "weak_scaling_model.json").stat().st_size < 130_000
     assert (tmp_path / "weak_scaling_model.png").stat().st_size > 30_000
     assert "does not fit" in capsys.readouterr().out

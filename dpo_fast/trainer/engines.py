@@ -118,18 +118,23 @@ class EnginesMixin:
                 self.model_wrapped = self.accelerator.prepare(self.model)
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; a model that is sharded already, for an evaluation or by an earlier
         training, holds its shards first: the last forward leaves some units gathered, and an
         optimizer of gathered weights would move nothing.
 
         Raises:
             RuntimeError: such a model has parameters with fewer rows than there are ranks.
+            CheckpointError: another number of DeepSpeed's ranks wrote the checkpoint.
         """
+        if resume_from_checkpoint is not None and self.engine in ("zero2", "zero3"):
+            from dpo_fast.trainer.deepspeed import refuse_other_world_size
+
+            refuse_other_world_size(resume_from_checkpoint, self.accelerator)
         if self.engine == "fsdp2" and is_unit(self.model):
             refuse_alike_shards(self.model, self.accelerator.num_processes)
             reshard_all(self.model)
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; under FSDP2 with sharded checkpoints the model is written, too, when

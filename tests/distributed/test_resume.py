@@ -54,8 +54,12 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not has_deepspeed(), reason="deepspeed: not installed (make test does)")
 def test_zero3(tmp_path: Path) -> None:
+    """On as many ranks; DeepSpeed itself can do no other, which is said before it tries."""
     cells = [("ema", "packed")]
     whole = run("zero3", 2, tmp_path, resume=False, cells=cells)
     saved = tmp_path / "ema" / "run" / "checkpoint-3"
     assert len(list(saved.glob("reference-*-of-00002.safetensors"))) == 2
     assert_same(run("zero3", 2, tmp_path, resume=True, cells=cells), whole, 0.0)
+    refusal = r"written by 2 ranks of DeepSpeed and this run has 1: .*Resume on 2 ranks; or convert"
+    with pytest.raises(AssertionError, match=refusal):
+        run("zero3", 1, tmp_path, resume=True, cells=cells)

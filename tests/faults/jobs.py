@@ -15,7 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 import dpo_fast
+from dpo_fast.reference.shards import reshard_all
 from dpo_fast.trainer import Trainer
+from tests.distributed.fsdp_on_cpu import assert_sharded, use_fsdp2
 from tests.faults.events import Events, watch_everything
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.cells import strategy_arguments
@@ -94,15 +96,25 @@ class Trouble(TrainerCallback):
 
 
 def train_rank(strategy: str, folder: str, trouble: list[Any], overrides: dict[str, Any]) -> None:
-    """One rank of a DDP launch; ``trouble``: what, which rank, after which step; or nothing."""
+    """One rank of a launch; ``trouble``: what, which rank, after which step; or nothing.
+
+    ``overrides``: of the config; with ``fsdp2`` under FSDP2, else under DDP.
+    """
     torch.set_num_threads(1)
+    overrides = dict(overrides)
+    if sharded := overrides.pop("fsdp2", False):
+        use_fsdp2()
     callbacks: list[TrainerCallback] = [Trouble(*trouble)] if trouble else []
     if trouble and trouble[0] == "disk full":
         callbacks = []
         _no_room(rank=trouble[1], step=trouble[2])
     options = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **overrides}
     trainer = trainer_of(strategy, Path(folder), callbacks=callbacks, **options)
+    assert trainer.engine == ("fsdp2" if sharded else "ddp")
     trainer.train(resume_from_checkpoint="auto")
+    if sharded:
+        reshard_all(trainer.model)
+        assert_sharded(trainer.model, trainer.accelerator.num_processes)
 
 
 def _no_room(rank: int, step: int) -> None:

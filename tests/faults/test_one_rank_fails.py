@@ -26,6 +26,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result_of(folder)
 
 
+@pytest.fixture(scope="module")
+def whole_of_fsdp2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same under FSDP2: each rank writes its shards of everything."""
+    folder = tmp_path_factory.mktemp("whole_of_fsdp2")
+    children = both(folder, [], fsdp2=True)
+    assert ends(children) == [0, 0], [child.text() for child in children]
+    found = result_of(folder)
+    assert any(name.startswith("pytorch_model_fsdp_0/") for name in found["files"])
+    assert "reference-00001-of-00002.safetensors" in found["files"]
+    return found
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_and_started_again(tmp_path: Path, whole: dict[str, Any], rank: int) -> None:
     children = both(tmp_path, ["kill", rank, 5])
@@ -39,6 +51,23 @@ def test_killed_and_started_again(tmp_path: Path, whole: dict[str, Any], rank: i
     again = both(tmp_path, [])
     assert ends(again) == [0, 0], [child.text() for child in again]
     assert result_of(tmp_path) == whole
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_killed_under_fsdp2(tmp_path: Path, whole_of_fsdp2: dict[str, Any], step: int) -> None:
+    """Between two checkpoints, and when the step of one is done: the shards of weights, optimizer
+    and moved reference come back.
+    """
+    children = both(tmp_path, ["kill", 1, step], fsdp2=True)
+    codes = ends(children)
+    assert codes[1] == -9 and codes[0] == 1
+    text = children[0].text()
+    assert "RankError" in text and "rank 1 of 2 died without a word" in text
+    assert_nothing_partial(tmp_path)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()
+    again = both(tmp_path, [], fsdp2=True)
+    assert ends(again) == [0, 0], [child.text() for child in again]
+    assert result_of(tmp_path) == whole_of_fsdp2
 
 
 def test_an_error_of_one_rank_is_the_others_reason(tmp_path: Path) -> None:

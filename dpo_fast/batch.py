@@ -29,6 +29,8 @@ SEGMENTS_KEY = "pair_segments"
 GROUPS_KEY = "row_groups"
 # Labels that are shifted already (what each position predicts): context parallel batches.
 SHIFT_KEY = "shift_labels"
+# With them: completion tokens of each whole sequence, S ints; a cut batch knows only its own.
+WHOLE_LENS_KEY = "whole_completion_lens"
 IGNORE_INDEX = -100
 
 
@@ -145,7 +147,12 @@ def shifted_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     dropped = (*PLAN_KEYS, GROUPS_KEY, "completion_mask", "labels")
     kept = {key: value for key, value in batch.items() if key not in dropped}
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
-    return {**kept, "position_ids": kept.get("position_ids", positions), SHIFT_KEY: labels}
+    return {
+        **kept,
+        "position_ids": kept.get("position_ids", positions),
+        SHIFT_KEY: labels,
+        WHOLE_LENS_KEY: list(plan.completion_lens),
+    }
 
 
 def _mask_from_labels(input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -259,6 +266,7 @@ class TokenPlan:
             plan: Mapping[str, Any] = batch
         elif SHIFT_KEY in batch:
             plan = plan_shifted(batch[SHIFT_KEY])
+            plan["completion_lens"] = batch.get(WHOLE_LENS_KEY, plan["completion_lens"])
         else:
             completion_mask = _completion_mask(batch)
             plan = plan_tokens(batch["input_ids"], completion_mask)

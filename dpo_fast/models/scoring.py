@@ -23,6 +23,7 @@ from dpo_fast.batch import (
     PLAN_KEYS,
     SEGMENTS_KEY,
     SHIFT_KEY,
+    WHOLE_LENS_KEY,
     TokenPlan,
 )
 from dpo_fast.models.head import Head, base_causal_lm, head_of
@@ -39,6 +40,7 @@ NON_MODEL_KEYS = (
     "completion_mask",
     "labels",
     SHIFT_KEY,
+    WHOLE_LENS_KEY,
     "ref_chosen_logps",
     "ref_rejected_logps",
 )

@@ -18,6 +18,7 @@ from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
 from dpo_fast.trainer import setup
 from dpo_fast.trainer.checkpointing import CheckpointingMixin
+from dpo_fast.trainer.context_parallel import ContextParallelMixin
 from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 from dpo_fast.trainer.datasets import DatasetsMixin
 from dpo_fast.trainer.engines import EnginesMixin
@@ -63,6 +64,7 @@ class Trainer(
     LogsMixin,
     CheckpointingMixin,
     EnginesMixin,
+    ContextParallelMixin,
     OutOfMemoryMixin,
     transformers.Trainer,
 ):
@@ -146,7 +148,7 @@ class Trainer(
             optimizers=optimizers,
         )
         self._refuse_data_parallel()
-        setup.refuse_cut_sequences(self.accelerator)
+        self.init_context_parallel()
         self.init_engine(parts.ref_model)
         # The loss is the share of a mean over the global batch already: the base class must not
         # scale it again.
@@ -161,6 +163,7 @@ class Trainer(
         self.init_layout(data_collator, parts.ref_model)
         self.start_reference(plan, parts.ref_model)
         self.shard_reference()
+        self.hook_reference()
 
     # -- one step ----------------------------------------------------------------------------------
     # --------------------
@@ -174,7 +177,12 @@ class Trainer(
     ) -> Any:
         """This micro-batch's share of the mean over the global batch; see :class:`Objective`."""
         output = self.objective(
-            model, inputs, self.reference, num_items_in_batch, token_stats=self.wants_token_stats()
+            model,
+            inputs,
+            self.reference,
+            num_items_in_batch,
+            token_stats=self.wants_token_stats(),
+            sequence_group=self.sequence_group,
         )
         self.record(output, [inputs[key] for key in COUNT_KEYS])
         # DDP and its kin average gradients over the ranks; the share is already of the global sum.

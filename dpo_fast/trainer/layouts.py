@@ -90,6 +90,8 @@ class LayoutsMixin:
     def _why_padded(self, data_collator: Collator | None) -> str | None:
         if data_collator is not None:
             return "the data collator is the caller's own"
+        if self.sequence_group is not None:  # type: ignore[attr-defined]
+            return "cp_size > 1 cuts rows along their positions"
         return None
 
     def _train_lengths(self) -> PairLengths | None:

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import TokenPlan
+from dpo_fast.batch import SHIFT_KEY, TokenPlan
 from dpo_fast.config import DPOConfig
 from dpo_fast.functional import FusedDPOOutput, fused_linear_dpo
+from dpo_fast.functional.segments import sum_over_ranks
 from dpo_fast.losses import PairStats, PreferenceLoss
 from dpo_fast.models import Head, forward_scored
 from dpo_fast.reference import Reference
@@ -55,6 +56,7 @@ class Objective:
         counts: BatchCounts | None = None,
         *,
         token_stats: bool = False,
+        sequence_group: Any = None,
     ) -> ObjectiveOutput:
         """Score one planned batch.
 
@@ -64,13 +66,15 @@ class Objective:
             reference: None where the loss needs none.
             counts: of the global batch; None: this batch is all there is.
             token_stats: also compute entropy, mean logit and top-1 of every scored token.
+            sequence_group: over which rows may be cut; a batch with ``shift_labels`` is.
         """
+        group = sequence_group if SHIFT_KEY in batch else None
         plan = TokenPlan.from_batch(batch)
         counts = counts or BatchCounts(plan.num_pairs, plan.num_chosen_tokens)
-        ref_kwargs = self._reference(reference, batch)
+        ref_kwargs = self._reference(reference, batch, group)
 
         def score(hidden: Tensor, head: Head) -> FusedDPOOutput:
-            return self._score(hidden, head, plan, counts, ref_kwargs, token_stats)
+            return self._score(hidden, head, plan, counts, ref_kwargs, token_stats, group)
 
         scored = forward_scored(model, batch, score, aux_loss=self.router_aux_loss_coef != 0.0)
         loss = scored.value.loss
@@ -79,7 +83,9 @@ class Objective:
             loss = loss + self.router_aux_loss_coef * share * scored.aux_loss
         return ObjectiveOutput(loss, scored.value, scored.aux_loss, plan)
 
-    def _reference(self, reference: Reference | None, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _reference(
+        self, reference: Reference | None, batch: Mapping[str, Any], group: Any
+    ) -> dict[str, Any]:
         """What ``fused_linear_dpo`` is told about the reference: hidden states and head, or
         finished log-probs.
         """
@@ -88,7 +94,10 @@ class Objective:
         with torch.no_grad():
             pair = reference.hidden(batch)
             if pair is None:
-                return {"ref_logps": reference.logps(batch)}
+                logps = reference.logps(batch)
+                # stored ones are of whole sequences
+                stored = reference.name == "precomputed"
+                return {"ref_logps": logps if stored else sum_over_ranks(logps, group)}
             hidden, head = pair
             return {
                 "ref_hidden": hidden,
@@ -105,6 +114,7 @@ class Objective:
         counts: BatchCounts,
         ref_kwargs: dict[str, Any],
         token_stats: bool,
+        group: Any,
     ) -> FusedDPOOutput:
         args = self.args
         chosen_len, rejected_len = plan.pair_lengths(hidden.device)
@@ -127,6 +137,7 @@ class Objective:
             outputs=TOKEN_OUTPUTS if token_stats else (),
             backend=args.lm_head_backend,
             workspace=args.lm_head_workspace,
+            sequence_group=group,
             **head.kwargs(),
             **ref_kwargs,
         )

@@ -263,25 +263,6 @@ def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:
     return float(coef) if has_router else 0.0
 
 
-def refuse_cut_sequences(accelerator: Any) -> None:
-    """Context and sequence parallelism cut batches along their positions; the trainer's cannot be.
-
-    Raises:
-        ValueError: the run is set up so.
-    """
-    parallel = getattr(accelerator, "parallelism_config", None)
-    sizes = {name: getattr(parallel, name, 1) for name in ("cp_size", "sp_size")}
-    if parallel is None or set(sizes.values()) == {1}:
-        return
-    raise ValueError(
-        f"parallelism_config has {sizes}: sequences would be cut over ranks, and the trainer's "
-        "batches say of each scored token where it is, which accelerate's loaders do not cut. Use "
-        "tensor parallelism or FSDP2; or, in a loop of your own, cut dpo_fast.batch.shifted_batch "
-        "with accelerator.maybe_context_parallel and score it with "
-        "fused_linear_dpo(..., sequence_group=...)."
-    )
-
-
 def require_transformers() -> None:
     """The trainer needs hooks of transformers 5.16; the ops work below.
 

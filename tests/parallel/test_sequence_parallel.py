@@ -1,7 +1,5 @@
 """Sequences cut along their positions over two gloo processes equal one process."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -61,16 +59,3 @@ def test_packed_rows_cannot_be_cut():
 def test_labels_in_the_batch_are_not_the_models():
     batch = shifted_batch(collators()["padded"](AWKWARD))
     assert SHIFT_KEY in batch and "token_index" not in batch
-
-
-def test_the_trainer_refuses_cut_sequences_by_name():
-    """Its batches hold one entry a scored token; accelerate would cut only the rows."""
-    from dpo_fast.trainer.setup import refuse_cut_sequences
-
-    for sizes in ({"cp_size": 2, "sp_size": 1}, {"cp_size": 1, "sp_size": 4}):
-        accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**sizes))
-        with pytest.raises(ValueError, match=r"sequences would be cut .*sequence_group"):
-            refuse_cut_sequences(accelerator)
-    whole = SimpleNamespace(cp_size=1, sp_size=1)
-    refuse_cut_sequences(SimpleNamespace(parallelism_config=whole))
-    refuse_cut_sequences(SimpleNamespace())

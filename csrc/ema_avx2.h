@@ -87,33 +87,47 @@ EMA_AVX2_INLINE RawOf<D> narrow(__m256 value, __m256i random) {
   else return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// The blend's three scalars as vectors, set up once a span.
+// The blend, set up once a span.
 struct Blend {
-  __m256 weight, from_policy, copy;
+  __m256 weight;
+  bool from_policy, copy;
 };
 
 EMA_AVX2_INLINE Blend prepare(const EmaBlend& b) {
-  return {_mm256_set1_ps(b.weight), _mm256_castsi256_ps(_mm256_set1_epi32(b.from_policy ? -1 : 0)),
-          _mm256_castsi256_ps(_mm256_set1_epi32(b.copy ? -1 : 0))};
+  return {_mm256_set1_ps(b.weight), b.from_policy != 0, b.copy != 0};
 }
 
+// The branches are the same for every element of an update.
 EMA_AVX2_INLINE __m256 blend_value(__m256 r, __m256 p, const Blend& b) {
-  const __m256 base = _mm256_blendv_ps(r, p, b.from_policy), other = _mm256_blendv_ps(p, r, b.from_policy);
-  const __m256 product = _mm256_mul_ps(b.weight, _mm256_sub_ps(base, other));
-  return _mm256_blendv_ps(_mm256_sub_ps(base, product), p, b.copy);
+  if (b.copy) return p;
+  const __m256 base = b.from_policy ? p : r, other = b.from_policy ? r : p;
+  return _mm256_sub_ps(base, _mm256_mul_ps(b.weight, _mm256_sub_ps(base, other)));
 }
 
+// Whether none of four vectors is beyond the finite values of a type.
 template <int64_t D>
-EMA_AVX2_INLINE bool finite(__m256 value) {
-  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), value);
-  return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(max_finite<D>()), _CMP_LE_OQ)) == 0xFF;
+EMA_AVX2_INLINE bool all_finite(const __m256 values[4]) {
+  const __m256 sign = _mm256_set1_ps(-0.0f), limit = _mm256_set1_ps(max_finite<D>());
+  __m256 inside = _mm256_cmp_ps(_mm256_andnot_ps(sign, values[0]), limit, _CMP_LE_OQ);
+#pragma GCC unroll 3
+  for (int v = 1; v < 4; ++v)
+    inside = _mm256_and_ps(inside, _mm256_cmp_ps(_mm256_andnot_ps(sign, values[v]), limit, _CMP_LE_OQ));
+  return _mm256_movemask_ps(inside) == 0xFF;
+}
+
+// The same, asked of rounded bf16: a value beyond the finite ones rounds to the largest of them or beyond.
+EMA_AVX2_INLINE bool all_below_max(__m256i a, __m256i b) {
+  const __m256i most = _mm256_max_epu16(_mm256_add_epi16(a, a), _mm256_add_epi16(b, b));  // without signs
+  const __m256i excess = _mm256_subs_epu16(most, _mm256_set1_epi16(static_cast<int16_t>(2 * kLargestBf16 - 1)));
+  return _mm256_testz_si256(excess, excess);
 }
 
 using Bits = __m256i;
+using Floats = __m256;
 
-// What every draw of a span needs: the keys of all rounds, and the step.
+// What every draw of a span needs: the keys of all rounds, the step, and how the octets of a counter follow.
 struct Drawer {
-  __m256i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi;
+  __m256i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi, turn[2];
 };
 
 EMA_AVX2_INLINE Drawer prepare_draw(const PhiloxKey& key) {
@@ -125,15 +139,25 @@ EMA_AVX2_INLINE Drawer prepare_draw(const PhiloxKey& key) {
   }
   drawer.step_lo = _mm256_set1_epi64x(key.step_lo);
   drawer.step_hi = _mm256_set1_epi64x(key.step_hi);
+  const __m128i none = _mm_set1_epi8(-1);  // shuffled to zeros
+  const __m128i by1 = _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+  const __m128i by2 = _mm_shuffle_epi8(by1, by1), by3 = _mm_shuffle_epi8(by2, by1);
+  drawer.turn[0] = _mm256_set_m128i(by1, none);
+  drawer.turn[1] = _mm256_set_m128i(by3, by2);
   return drawer;
 }
 
-// Random bits of the elements 8 * group ... 8 * group + 31.
-EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) {
+// The words of four counters, one after the other.
+struct Drawn {
+  __m256i pair[2];
+};
+constexpr int kDrawnCounters = 4;
+
+EMA_AVX2_INLINE Drawn draw(uint64_t counter, const Drawer& drawer) {
   // Four counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   const __m256i order = _mm256_setr_epi64x(0, 2, 1, 3);  // undone by the two unpacks below
-  __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(group)), order);
+  __m256i c0 = _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(counter)), order);
   __m256i c1 = _mm256_srli_epi64(c0, 32), c2 = drawer.step_lo, c3 = drawer.step_hi;
 #pragma GCC unroll 8
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -145,8 +169,15 @@ EMA_AVX2_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) {
   }
   const __m256i first = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
   const __m256i second = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
-  out[0] = _mm256_unpacklo_epi64(first, second);
-  out[1] = _mm256_unpackhi_epi64(first, second);
+  return {{_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second)}};
+}
+
+// Random bits of 32 elements: all octets of counter `block` of a draw.
+EMA_AVX2_INLINE void random_words(const Drawn& drawn, int block, const Drawer& drawer, Words random[2]) {
+  const __m256i pair = drawn.pair[block >> 1];
+  const __m256i own = block & 1 ? _mm256_permute2x128_si256(pair, pair, 0x11) : _mm256_permute2x128_si256(pair, pair, 0);
+  random[0] = _mm256_xor_si256(own, _mm256_shuffle_epi8(own, drawer.turn[0]));
+  random[1] = _mm256_xor_si256(own, _mm256_shuffle_epi8(own, drawer.turn[1]));
 }
 
 // Half of the words, eight, in 32 bits each.

@@ -82,33 +82,45 @@ EMA_AVX512_INLINE RawOf<D> narrow(__m512 value, __m512i random) {
   else return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 }
 
-// The blend's three scalars as a vector and two masks, set up once a span.
+// The blend, set up once a span.
 struct Blend {
   __m512 weight;
-  __mmask16 from_policy, copy;
+  bool from_policy, copy;
 };
 
 EMA_AVX512_INLINE Blend prepare(const EmaBlend& b) {
-  return {_mm512_set1_ps(b.weight), static_cast<__mmask16>(b.from_policy ? 0xFFFF : 0),
-          static_cast<__mmask16>(b.copy ? 0xFFFF : 0)};
+  return {_mm512_set1_ps(b.weight), b.from_policy != 0, b.copy != 0};
 }
 
+// The branches are the same for every element of an update.
 EMA_AVX512_INLINE __m512 blend_value(__m512 r, __m512 p, const Blend& b) {
-  const __m512 base = _mm512_mask_mov_ps(r, b.from_policy, p), other = _mm512_mask_mov_ps(p, b.from_policy, r);
-  const __m512 product = _mm512_mul_ps(b.weight, _mm512_sub_ps(base, other));
-  return _mm512_mask_mov_ps(_mm512_sub_ps(base, product), b.copy, p);
+  if (b.copy) return p;
+  const __m512 base = b.from_policy ? p : r, other = b.from_policy ? r : p;
+  return _mm512_sub_ps(base, _mm512_mul_ps(b.weight, _mm512_sub_ps(base, other)));
 }
 
+// Whether none of four vectors is beyond the finite values of a type.
 template <int64_t D>
-EMA_AVX512_INLINE bool finite(__m512 value) {
-  return _mm512_cmp_ps_mask(_mm512_abs_ps(value), _mm512_set1_ps(max_finite<D>()), _CMP_LE_OQ) == 0xFFFF;
+EMA_AVX512_INLINE bool all_finite(const __m512 values[4]) {
+  const __m512 limit = _mm512_set1_ps(max_finite<D>());
+  unsigned inside = 0xFFFF;
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) inside &= _mm512_cmp_ps_mask(_mm512_abs_ps(values[v]), limit, _CMP_LE_OQ);
+  return inside == 0xFFFF;
+}
+
+// The same, asked of rounded bf16: a value beyond the finite ones rounds to the largest of them or beyond.
+EMA_AVX512_INLINE bool all_below_max(__m512i a, __m512i b) {
+  const __m512i most = _mm512_max_epu16(_mm512_add_epi16(a, a), _mm512_add_epi16(b, b));  // without signs
+  return _mm512_cmplt_epu16_mask(most, _mm512_set1_epi16(static_cast<int16_t>(2 * kLargestBf16))) == 0xFFFFFFFF;
 }
 
 using Bits = __m512i;
+using Floats = __m512;
 
-// What every draw of a span needs: the keys of all rounds, and the step.
+// What every draw of a span needs: the keys of all rounds, the step, and how the octets of a counter follow.
 struct Drawer {
-  __m512i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi;
+  __m512i k0[kPhiloxRounds], k1[kPhiloxRounds], step_lo, step_hi, turn;
 };
 
 EMA_AVX512_INLINE Drawer prepare_draw(const PhiloxKey& key) {
@@ -120,15 +132,25 @@ EMA_AVX512_INLINE Drawer prepare_draw(const PhiloxKey& key) {
   }
   drawer.step_lo = _mm512_set1_epi64(key.step_lo);
   drawer.step_hi = _mm512_set1_epi64(key.step_hi);
+  const __m128i none = _mm_set1_epi8(-1);  // shuffled to zeros
+  const __m128i by1 = _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1);
+  const __m128i by2 = _mm_shuffle_epi8(by1, by1), by3 = _mm_shuffle_epi8(by2, by1);
+  drawer.turn = _mm512_inserti32x4(_mm512_castsi128_si512(none), by1, 1);
+  drawer.turn = _mm512_inserti32x4(_mm512_inserti32x4(drawer.turn, by2, 2), by3, 3);
   return drawer;
 }
 
-// Random bits of the elements 8 * group ... 8 * group + 63.
-EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) {
+// The words of eight counters, one after the other.
+struct Drawn {
+  __m512i quad[2];
+};
+constexpr int kDrawnCounters = 8;
+
+EMA_AVX512_INLINE Drawn draw(uint64_t counter, const Drawer& drawer) {
   // Eight counters in 64-bit lanes: vpmuludq reads low halves only, so junk in the high halves never matters.
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // undone by the two unpacks below
-  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(group)), order);
+  __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(counter)), order);
   __m512i c1 = _mm512_srli_epi64(c0, 32), c2 = drawer.step_lo, c3 = drawer.step_hi;
 #pragma GCC unroll 8
   for (int round = 0; round < kPhiloxRounds; ++round) {
@@ -141,8 +163,16 @@ EMA_AVX512_INLINE void draw(uint64_t group, const Drawer& drawer, Words out[2]) 
   const __mmask16 high = 0xAAAA;
   const __m512i first = _mm512_mask_mov_epi32(c0, high, _mm512_slli_epi64(c1, 32));
   const __m512i second = _mm512_mask_mov_epi32(c2, high, _mm512_slli_epi64(c3, 32));
-  out[0] = _mm512_unpacklo_epi64(first, second);
-  out[1] = _mm512_unpackhi_epi64(first, second);
+  return {{_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second)}};
+}
+
+// Random bits of 64 elements: all octets of counters 2 * block and 2 * block + 1 of a draw.
+EMA_AVX512_INLINE void random_words(const Drawn& drawn, int block, const Drawer& drawer, Words random[2]) {
+  const __m512i quad = drawn.quad[block >> 1];
+  const __m512i first = block & 1 ? _mm512_shuffle_i32x4(quad, quad, 0xAA) : _mm512_shuffle_i32x4(quad, quad, 0x00);
+  const __m512i second = block & 1 ? _mm512_shuffle_i32x4(quad, quad, 0xFF) : _mm512_shuffle_i32x4(quad, quad, 0x55);
+  random[0] = _mm512_xor_si512(first, _mm512_shuffle_epi8(first, drawer.turn));
+  random[1] = _mm512_xor_si512(second, _mm512_shuffle_epi8(second, drawer.turn));
 }
 
 // Half of the words, sixteen, in 32 bits each.

@@ -90,11 +90,11 @@ template <int kWidth>
 DPO_FAST_HD void random_pack(uint64_t position, const PhiloxKey& key, uint64_t drawn[2]) {
   const int phase = static_cast<int>(position & 7);
   uint32_t words[4];
-  philox_words(position >> 3, key, words);
+  octet_words(position >> 3, key, words);
   uint64_t a = words[0] | static_cast<uint64_t>(words[1]) << 32, b = words[2] | static_cast<uint64_t>(words[3]) << 32;
   uint64_t c = 0, d = 0;
-  if (phase + kWidth > 8) {  // the elements straddle two counters: the same for every vector of a chunk
-    philox_words((position >> 3) + 1, key, words);
+  if (phase + kWidth > 8) {  // the elements straddle two octets: the same for every vector of a chunk
+    octet_words((position >> 3) + 1, key, words);
     c = words[0] | static_cast<uint64_t>(words[1]) << 32;
     d = words[2] | static_cast<uint64_t>(words[3]) << 32;
   }

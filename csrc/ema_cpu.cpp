@@ -53,7 +53,7 @@ inline void span_elements(const Span& s, int64_t begin, int64_t end, const EmaBl
     uint32_t drawn = 0;
     if constexpr (kStochastic) {
       const uint64_t position = s.position + static_cast<uint64_t>(i), k = position & 7;
-      if (k == 0 || i == begin) philox_words(position >> 3, b.key, words);
+      if (k == 0 || i == begin) octet_words(position >> 3, b.key, words);
       drawn = (words[k >> 1] >> (16 * (k & 1))) & 0xFFFFu;
     }
     float master = 0.0f;

@@ -15,6 +15,7 @@ namespace dpo_fast {
 constexpr uint32_t kNan = 0x7FC00000u;       // what a computed NaN is written as
 constexpr uint32_t kInfinity = 0x7F800000u;
 constexpr uint32_t kMaxBf16 = 0x7F7F0000u;   // fp32 bits of the largest finite bf16
+constexpr uint32_t kLargestBf16 = kMaxBf16 >> 16;
 constexpr uint32_t kMaxF16 = 0x477FE000u;    // fp32 bits of 65504
 constexpr uint32_t kInfF16 = 0x477FF000u;    // fp32 bits of 65520: from here nearest fp16 is infinity
 constexpr uint32_t kMinNormalF16 = 0x38800000u;  // fp32 bits of 2^-14

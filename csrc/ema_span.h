@@ -4,33 +4,54 @@
 #ifndef EMA_SCALAR
 #define EMA_INLINE EMA_TARGET __attribute__((always_inline)) inline
 
-// kLanes elements from i on; drawn is read only when kStochastic.
-template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
-EMA_INLINE void update_lanes(const Span& s, int64_t i, const EmaBlend& b, const Blend& lanes, Bits drawn) {
-  const auto p = widen<P>(load<P>(s.policy, i));
-  const auto r = kShadow ? widen<kF32>(load<kF32>(s.shadow, i)) : widen<R>(load<R>(s.ref, i));
-  const auto value = blend_value(r, p, lanes);
-  if (finite<R>(value)) {
-    if constexpr (kShadow) store<kF32>(s.shadow, i, narrow<kF32, false>(value, drawn));
-    store<R>(s.ref, i, narrow<R, kStochastic>(value, drawn));
-  } else {
-    span_elements<R, P, kShadow, kStochastic>(s, i, i + kLanes, b);
-  }
-}
+constexpr int64_t kBlock = 4 * kLanes;  // elements between two questions whether all is finite
 
-// 2 * kLanes elements from i on. bf16 beside bf16 is never repacked: half the instructions of update_lanes.
-template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
-EMA_INLINE void update_words(const Span& s, int64_t i, const EmaBlend& b, const Blend& lanes, Words drawn) {
-  if constexpr (R == kBF16 && P == kBF16 && !kShadow) {
-    const Words ref = load_words(s.ref, i), policy = load_words(s.policy, i);
+// bf16 beside bf16 is never repacked: half the instructions of update_lanes. False, and nothing stored, if a value may
+// be beyond the finite ones.
+template <bool kStochastic>
+EMA_INLINE bool update_words(const Span& s, int64_t i, const Blend& lanes, const Words random[2]) {
+  Words out[2];
+#pragma GCC unroll 2
+  for (int w = 0; w < 2; ++w) {
+    const Words ref = load_words(s.ref, i + w * 2 * kLanes), policy = load_words(s.policy, i + w * 2 * kLanes);
     const auto even = blend_value(widen_even(ref), widen_even(policy), lanes);
     const auto odd = blend_value(widen_odd(ref), widen_odd(policy), lanes);
-    if (finite<R>(even) && finite<R>(odd)) store_words(s.ref, i, narrow_words<kStochastic>(even, odd, drawn));
-    else span_elements<R, P, kShadow, kStochastic>(s, i, i + 2 * kLanes, b);
-  } else {
-    update_lanes<R, P, kShadow, kStochastic>(s, i, b, lanes, spread(drawn, false));
-    update_lanes<R, P, kShadow, kStochastic>(s, i + kLanes, b, lanes, spread(drawn, true));
+    out[w] = narrow_words<kStochastic>(even, odd, random[w]);
   }
+  if (!all_below_max(out[0], out[1])) return false;
+  store_words(s.ref, i, out[0]);
+  store_words(s.ref, i + 2 * kLanes, out[1]);
+  return true;
+}
+
+// Any types. False, and nothing stored, if a value is beyond the finite ones.
+template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
+EMA_INLINE bool update_lanes(const Span& s, int64_t i, const Blend& lanes, const Words random[2]) {
+  Floats values[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    const int64_t at = i + v * kLanes;
+    const Floats r = kShadow ? widen<kF32>(load<kF32>(s.shadow, at)) : widen<R>(load<R>(s.ref, at));
+    values[v] = blend_value(r, widen<P>(load<P>(s.policy, at)), lanes);
+  }
+  if (!all_finite<R>(values)) return false;
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; ++v) {
+    const int64_t at = i + v * kLanes;
+    const Bits drawn = kStochastic ? spread(random[v >> 1], v & 1) : Bits{};
+    if constexpr (kShadow) store<kF32>(s.shadow, at, narrow<kF32, false>(values[v], drawn));
+    store<R>(s.ref, at, narrow<R, kStochastic>(values[v], drawn));
+  }
+  return true;
+}
+
+// Elements [i, i + kBlock); random is read only when kStochastic.
+template <int64_t R, int64_t P, bool kShadow, bool kStochastic>
+EMA_INLINE void update_block(const Span& s, int64_t i, const EmaBlend& b, const Blend& lanes, const Words random[2]) {
+  bool done;
+  if constexpr (R == kBF16 && P == kBF16 && !kShadow) done = update_words<kStochastic>(s, i, lanes, random);
+  else done = update_lanes<R, P, kShadow, kStochastic>(s, i, lanes, random);
+  if (!done) span_elements<R, P, kShadow, kStochastic>(s, i, i + kBlock, b);
 }
 #undef EMA_INLINE
 #endif
@@ -41,18 +62,22 @@ EMA_TARGET void span(const Span& s, const EmaBlend& b) {
 #ifndef EMA_SCALAR
   const Blend lanes = prepare(b);
   if constexpr (kStochastic) {
-    i = std::min(s.count, static_cast<int64_t>(-s.position & 7));  // to the first element of a counter
+    constexpr int64_t kDrawn = kDrawnCounters * kPerCounter;
+    i = std::min(s.count, static_cast<int64_t>(-s.position & (kPerCounter - 1)));  // to a counter's first element
     span_elements<R, P, kShadow, kStochastic>(s, 0, i, b);
     const Drawer drawer = prepare_draw(b.key);
-    for (; i + 4 * kLanes <= s.count; i += 4 * kLanes) {
-      Words drawn[2];
-      draw((s.position + static_cast<uint64_t>(i)) >> 3, drawer, drawn);
-      update_words<R, P, kShadow, kStochastic>(s, i, b, lanes, drawn[0]);
-      update_words<R, P, kShadow, kStochastic>(s, i + 2 * kLanes, b, lanes, drawn[1]);
+    for (; i + kDrawn <= s.count; i += kDrawn) {
+      const Drawn drawn = draw((s.position + static_cast<uint64_t>(i)) / kPerCounter, drawer);
+#pragma GCC unroll 4
+      for (int block = 0; block < kDrawn / kBlock; ++block) {
+        Words random[2];
+        random_words(drawn, block, drawer, random);
+        update_block<R, P, kShadow, kStochastic>(s, i + block * kBlock, b, lanes, random);
+      }
     }
   } else {
-    for (; i + 2 * kLanes <= s.count; i += 2 * kLanes)
-      update_words<R, P, kShadow, kStochastic>(s, i, b, lanes, Words{});
+    const Words unused[2] = {};
+    for (; i + kBlock <= s.count; i += kBlock) update_block<R, P, kShadow, kStochastic>(s, i, b, lanes, unused);
   }
 #endif
   span_elements<R, P, kShadow, kStochastic>(s, i, s.count, b);

@@ -2,8 +2,12 @@
 //
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 // Bits of an element at global position i (one definition for every backend; dpo_fast.functional.ema repeats it):
-//   words = philox4x32_7(counter = (lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)), key = (lo32(seed), hi32(seed)))
-//   k = i & 7;  random16 = (words[k >> 1] >> (16 * (k & 1))) & 0xFFFF
+//   words = philox4x32_7(counter = (lo32(i >> 5), hi32(i >> 5), lo32(step), hi32(step)), key = (lo32(seed), hi32(seed)))
+//   half(k) = (words[k >> 1] >> (16 * (k & 1))) & 0xFFFF,   k = i & 7,   s = (i >> 3) & 3
+//   random16 = s == 0 ? half(k) : half(k) ^ half((k + s) & 7)
+// One counter serves 32 elements, in four octets. No two of its 32 values are the sum of the same halves, so each is
+// uniform and any two are independent: every mean and every variance of a sum is that of independent bits, at a
+// quarter of the multiplications.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +24,13 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;  // multipl
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;  // key increments
 constexpr int kPhiloxRounds = 7;  // enough to pass BigCrush (Salmon et al.); 16 bits of rounding noise need no more
 
+constexpr uint64_t kPerCounter = 32;  // elements
+
 struct PhiloxKey {
   uint32_t seed_lo, seed_hi, step_lo, step_hi;
 };
 
-// The four words of one counter; together they serve the eight elements 8 * group .. 8 * group + 7.
+// The four words of one counter.
 DPO_FAST_HD void philox_words(uint64_t group, const PhiloxKey& key, uint32_t words[4]) {
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
   uint32_t c2 = key.step_lo, c3 = key.step_hi;
@@ -46,6 +52,22 @@ DPO_FAST_HD void philox_words(uint64_t group, const PhiloxKey& key, uint32_t wor
   words[1] = c1;
   words[2] = c2;
   words[3] = c3;
+}
+
+// The random bits of the elements 8 * octet .. 8 * octet + 7, two to a word, lowest first.
+DPO_FAST_HD void octet_words(uint64_t octet, const PhiloxKey& key, uint32_t words[4]) {
+  uint32_t w[4];
+  philox_words(octet >> 2, key, w);
+  const uint32_t s = static_cast<uint32_t>(octet & 3), odd = 16 * (s & 1), mask = s == 0 ? 0u : 0xFFFFFFFFu;
+  const bool by_word = s >= 2;  // the halves move on by s: by s >> 1 words and s & 1 halves
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t low = by_word ? w[(j + 1) & 3] : w[j], high = by_word ? w[(j + 2) & 3] : w[(j + 1) & 3];
+    const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
+    words[j] = w[j] ^ (static_cast<uint32_t>(both >> odd) & mask);
+  }
 }
 
 }  // namespace dpo_fast

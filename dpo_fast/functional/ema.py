@@ -22,11 +22,14 @@ largest finite number round to nearest. References of float32 and float64 take n
 
 Random bits of the element at global position i (its tensor's offset plus its index in it):
 
-    words = philox4x32_7(counter=(lo32(i >> 3), hi32(i >> 3), lo32(step), hi32(step)),
+    words = philox4x32_7(counter=(lo32(i >> 5), hi32(i >> 5), lo32(step), hi32(step)),
                           key=(lo32(seed), hi32(seed)))
-    random = (words[(i & 7) >> 1] >> (16 * (i & 1))) & 0xFFFF
+    half(k) = (words[k >> 1] >> (16 * (k & 1))) & 0xFFFF,    k = i & 7,    s = (i >> 3) & 3
+    random = half(k) if s == 0 else half(k) ^ half((k + s) & 7)
 
-so they depend on seed, step and position, and not on sharding, device, backend or thread count.
+each uniform and any two of them independent (three need not be: the 32 values of a counter are
+sums of its eight halves), so that means, and variances of sums, are those of independent bits. They
+depend on seed, step and position, and not on sharding, device, backend or thread count.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.backends.ema import Draw, EmaBackend, Entry, blend_of, choose
+from dpo_fast.backends.ema import PER_COUNTER, Draw, EmaBackend, Entry, blend_of, choose
 from dpo_fast.functional.ema_checks import (
     Named,
     Tensors,
@@ -33,13 +33,13 @@ Rounding = Literal["nearest", "stochastic"]
 def ema_offsets(sizes: Iterable[int]) -> list[int]:
     """Global position of the first element of each whole tensor of ``sizes`` elements.
 
-    The tensors follow each other, each on a multiple of 8: the random bits of eight elements come
+    The tensors follow each other, each on a multiple of 32: the random bits of 32 elements come
     from one counter.
     """
     offsets, at = [], 0
     for size in sizes:
         offsets.append(at)
-        at += -(-size // 8) * 8
+        at += -(-size // PER_COUNTER) * PER_COUNTER
     return offsets
 
 

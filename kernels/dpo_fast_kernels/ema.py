@@ -10,7 +10,7 @@ are built once.
 
 Every operation is rounded on its own (launched with ``enable_fp_fusion=False``) and 16-bit rounding
 is integer arithmetic, so that the bits are those of ``csrc/ema_math.h``. Random bits: Philox4x32-7
-(Salmon et al., SC 2011) as ``csrc/philox.h`` defines them: one counter serves eight elements.
+(Salmon et al., SC 2011) as ``csrc/philox.h`` defines them: one counter serves 32 elements.
 
 Memory: 6 bytes a parameter for bf16 reference and policy, 12 with a shadow; nothing is allocated.
 """
@@ -52,26 +52,61 @@ def _philox(group, seed_lo, seed_hi, step_lo, step_hi):
 
 
 @triton.jit
+def _octet(w0, w1, w2, w3, S: tl.constexpr):
+    """The words of a counter's octet ``S``: its halves, XOR those ``S`` places further on."""
+    if S == 0:
+        o0, o1, o2, o3 = w0, w1, w2, w3
+    elif S == 2:
+        o0, o1, o2, o3 = w0 ^ w1, w1 ^ w2, w2 ^ w3, w3 ^ w0
+    else:
+        if S == 1:
+            a0, a1, a2, a3 = w0, w1, w2, w3
+        else:
+            a0, a1, a2, a3 = w1, w2, w3, w0
+        o0 = w0 ^ ((a0 >> 16) | (a1 << 16))
+        o1 = w1 ^ ((a1 >> 16) | (a2 << 16))
+        o2 = w2 ^ ((a2 >> 16) | (a3 << 16))
+        o3 = w3 ^ ((a3 >> 16) | (a0 << 16))
+    return o0, o1, o2, o3
+
+
+@triton.jit
+def _by_place(w0, w1, w2, w3, S: tl.constexpr):
+    """The eight values of octet ``S``, indexed ``[..., i, j, k]`` by half k of word 2 * i + j."""
+    o0, o1, o2, o3 = _octet(w0, w1, w2, w3, S)
+    low = tl.join(tl.join(o0 & 0xFFFF, o2 & 0xFFFF), tl.join(o1 & 0xFFFF, o3 & 0xFFFF))
+    high = tl.join(tl.join(o0 >> 16, o2 >> 16), tl.join(o1 >> 16, o3 >> 16))
+    return tl.join(low, high)
+
+
+@triton.jit
+def _half(w0, w1, w2, w3, k):
+    """Half ``k`` of a counter's eight."""
+    word = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
+    return (word >> (16 * (k & 1))) & 0xFFFF
+
+
+@triton.jit
 def _random16(
     position, seed_lo, seed_hi, step_lo, step_hi, PHASED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """16 random bits of each element at ``position + arange(BLOCK)``, uint32.
 
-    Not PHASED: position is a multiple of 8, and each counter's eight values are used at once.
+    Not PHASED: position is a multiple of 32, and each counter's 32 values are used at once.
     """
     if PHASED:
         at = position + tl.arange(0, BLOCK)
-        w0, w1, w2, w3 = _philox(at >> 3, seed_lo, seed_hi, step_lo, step_hi)
-        k = (at & 7).to(tl.uint32)
-        word = tl.where(k < 4, tl.where(k < 2, w0, w1), tl.where(k < 6, w2, w3))
-        out = (word >> (16 * (k & 1))) & 0xFFFF
+        w0, w1, w2, w3 = _philox(at >> 5, seed_lo, seed_hi, step_lo, step_hi)
+        k, s = (at & 7).to(tl.uint32), ((at >> 3) & 3).to(tl.uint32)
+        out = _half(w0, w1, w2, w3, k)
+        out = tl.where(s == 0, out, out ^ _half(w0, w1, w2, w3, (k + s) & 7))
     else:
-        group = (position >> 3) + tl.arange(0, BLOCK // 8)
-        w0, w1, w2, w3 = _philox(group, seed_lo, seed_hi, step_lo, step_hi)
-        # element 8 * group + 4 * i + 2 * j + k is half k of word 2 * i + j: join over i, j, then k
-        low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
-        high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
-        out = tl.reshape(tl.join(low, high), [BLOCK])
+        counter = (position >> 5) + tl.arange(0, BLOCK // 32)
+        w0, w1, w2, w3 = _philox(counter, seed_lo, seed_hi, step_lo, step_hi)
+        even = tl.join(_by_place(w0, w1, w2, w3, 0), _by_place(w0, w1, w2, w3, 2))
+        odd = tl.join(_by_place(w0, w1, w2, w3, 1), _by_place(w0, w1, w2, w3, 3))
+        # [counter, i, j, k, high bit of the octet, low bit of it] to the order of the elements
+        out = tl.reshape(tl.permute(tl.join(even, odd), (0, 4, 5, 1, 2, 3)), [BLOCK])
     return out
 
 
@@ -251,7 +286,7 @@ def variant_code(row: list[int]) -> int:
     """Which specialisation of the kernel a row of the table needs."""
     ref, policy, shadow, _, position, _, ref_dtype, policy_dtype = row
     aligned = ref % 16 == policy % 16 == shadow % 16 == 0
-    phased = position % 8 != 0
+    phased = position % 32 != 0
     return ((ref_dtype * 3 + policy_dtype) * 2 + (shadow != 0)) * 4 + phased * 2 + aligned
 
 

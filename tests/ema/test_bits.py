@@ -19,7 +19,7 @@ from tests.ema.common import (
     weights,
 )
 
-SIZES = (1, 7, 97, 1031, 40_009)  # beside the lanes (8, 16, 64), the chunk (32768) and the block
+SIZES = (1, 7, 97, 1031, 40_009)  # beside lanes (8, 16), draws (128, 256), chunk (32768), block
 OFFSETS = (3, 8, 17, 2**40 - 5, 2**32 - 1000)
 
 
@@ -126,8 +126,8 @@ def test_special_values(implementation: str, shadowed: bool) -> None:
             if ref_value == BIG and dtype != torch.float32:
                 continue
             # in the lanes, in the tail behind them, and among ordinary weights
-            ref, policy = weights(97, dtype), weights(97, torch.float32).to(dtype)
-            for at in (0, 20, 96):
+            ref, policy = weights(301, dtype), weights(301, torch.float32).to(dtype)
+            for at in (0, 20, 96, 300):
                 ref[at], policy[at] = ref_value, policy_value
             shadow = make_shadow([ref]) if shadowed else None
             plan = make_plan(implementation, [ref], [policy], shadow=shadow)
@@ -135,7 +135,7 @@ def test_special_values(implementation: str, shadowed: bool) -> None:
             want = torch.tensor(expected, dtype=dtype)
             if expected != expected:
                 want = torch.tensor(canonical[dtype]).to(bits(ref).dtype).view(dtype)
-            for at in (0, 20, 96):
+            for at in (0, 20, 96, 300):
                 about = (dtype, rounding, ref_value, policy_value, alpha, at)
                 assert_same_bits([ref[at]], [want], about)
             assert bool(ref[1:20].isfinite().all())

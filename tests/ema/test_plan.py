@@ -132,7 +132,7 @@ def test_generators_and_mappings() -> None:
 
 
 def test_offsets_leave_no_two_tensors_one_counter() -> None:
-    assert ema_offsets([5, 8, 0, 9, 1]) == [0, 8, 16, 16, 32]
+    assert ema_offsets([5, 32, 0, 33, 1]) == [0, 32, 64, 64, 128]
 
 
 def test_make_shadow() -> None:

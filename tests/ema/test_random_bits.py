@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_fast.backends.ema.philox import philox_words, random16
+from dpo_fast.backends.ema.philox import (
+    PER_COUNTER,
+    counter_halves,
+    philox_words,
+    random16,
+)
 from tests.ema.common import IMPLEMENTATIONS, make_plan
 
 # Random123 (Salmon et al.), kat_vectors, philox4x32 with 7 rounds: counter, key -> words
@@ -33,11 +38,26 @@ def test_published_vectors(
     assert philox_words(torch.tensor([signed]), seed, step)[0].tolist() == list(words)
 
 
-def test_eight_elements_share_a_counter_in_order() -> None:
-    words = KNOWN[0][2]
-    expected = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    assert random16(0, 8, 0, 0, torch.device("cpu")).tolist() == expected
-    assert random16(3, 4, 0, 0, torch.device("cpu")).tolist() == expected[3:7]
+def test_a_counter_serves_four_octets_in_order() -> None:
+    """The halves of a published vector, then each with the one 1, 2 and 3 places further on."""
+    halves = [half for word in KNOWN[0][2] for half in (word & 0xFFFF, word >> 16)]
+    expected = list(halves)
+    for by in (1, 2, 3):
+        expected += [halves[k] ^ halves[(k + by) % 8] for k in range(8)]
+    assert random16(0, 32, 0, 0, torch.device("cpu")).tolist() == expected
+    assert random16(3, 27, 0, 0, torch.device("cpu")).tolist() == expected[3:30]
+
+
+def test_any_two_values_of_a_counter_are_independent() -> None:
+    """Each is a sum (XOR) of halves, none is empty, and no two are the same sum."""
+    columns = []
+    for k in range(8):  # one bit in half k alone: which values does it reach
+        word = torch.zeros(1, 4, dtype=torch.int64)
+        word[0, k // 2] = 1 << (16 * (k % 2))
+        columns.append(counter_halves(word)[0] != 0)
+    sums = torch.stack(columns, dim=1).tolist()
+    assert len(sums) == PER_COUNTER
+    assert len({tuple(row) for row in sums} | {(False,) * 8}) == PER_COUNTER + 1
 
 
 def drawn(implementation: str, count: int, seed: int, step: int, offset: int = 0) -> Tensor:
@@ -61,8 +81,8 @@ def drawn(implementation: str, count: int, seed: int, step: int, offset: int = 0
 @pytest.mark.parametrize("offset", [0, 5, 2**33 + 3])
 def test_bits_are_the_documented_ones(implementation: str, offset: int) -> None:
     seed, step = 0x299F31D0A4093822, 0x0370734413198A2E
-    expected = random16(offset, 203, seed, step, torch.device("cpu"))
-    assert drawn(implementation, 203, seed, step, offset).tolist() == expected.tolist()
+    expected = random16(offset, 703, seed, step, torch.device("cpu"))
+    assert drawn(implementation, 703, seed, step, offset).tolist() == expected.tolist()
 
 
 def test_uniform_and_uncorrelated() -> None:
@@ -72,7 +92,9 @@ def test_uniform_and_uncorrelated() -> None:
     base = random16(0, n, 1, 1, cpu).double() / 65535 - 0.5
     others = {
         "next element": random16(1, n, 1, 1, cpu),
-        "next counter": random16(8, n, 1, 1, cpu),
+        "next octet": random16(8, n, 1, 1, cpu),
+        "octet after the next": random16(16, n, 1, 1, cpu),
+        "next counter": random16(PER_COUNTER, n, 1, 1, cpu),
         "next step": random16(0, n, 1, 2, cpu),
         "next seed": random16(0, n, 2, 1, cpu),
         "step and seed swapped": random16(0, n, 2**32, 1, cpu),

@@ -10,6 +10,7 @@ _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57  # multipliers
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments
 _ROUNDS = 7
+PER_COUNTER = 32  # elements
 
 
 def philox_words(groups: Tensor, seed: int, step: int) -> Tensor:
@@ -29,10 +30,19 @@ def philox_words(groups: Tensor, seed: int, step: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=1)
 
 
+def counter_halves(words: Tensor) -> Tensor:
+    """The values of the 32 elements of each counter: ``[G, 4]`` -> ``[G, 32]``, in [0, 2**16).
+
+    Four octets: the counter's own eight halves, then each of them XOR the one 1, 2 and 3 further
+    on. No two of the 32 are the same sum of halves, so any two are independent.
+    """
+    own = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten(1)
+    return torch.cat([own, *(own ^ own.roll(-by, dims=1) for by in (1, 2, 3))], dim=1)
+
+
 def random16(position: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
     """16 random bits of each element at ``position + arange(count)``: ``[count]`` int32."""
-    first, last = position >> 3, (position + count - 1) >> 3
+    first, last = position // PER_COUNTER, (position + count - 1) // PER_COUNTER
     words = philox_words(torch.arange(first, last + 1, device=device), seed, step)
-    halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).to(torch.int32)
-    phase = position & 7
-    return halves.flatten()[phase : phase + count]
+    phase = position % PER_COUNTER
+    return counter_halves(words).to(torch.int32).flatten()[phase : phase + count]

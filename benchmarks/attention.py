@@ -1,9 +1,10 @@
 """Attention of one packed row with shared prompts: every backend that the device has.
 
-On a CPU: SDPA segment by segment against SDPA under a mask of each pair and under a mask of the
-whole row. On a GPU: the variable-length kernels of torch and of flash-attn, FlexAttention, SDPA by
-segment. Forward, and forward with backward; variants interleaved, medians; each must first agree
-with SDPA by segment. The order of preference in ``dpo_fast.layouts.attention`` stands on this.
+On a CPU: the C++ attention and SDPA segment by segment against SDPA under a mask of each pair and
+under a mask of the whole row. On a GPU: the variable-length kernels of torch and of flash-attn,
+FlexAttention, SDPA by segment. Forward, and forward with backward; variants interleaved, medians;
+each must first agree with SDPA by segment. The order of preference in
+``dpo_fast.layouts.attention`` stands on this.
 
     python -m benchmarks.attention [--device cuda]
 
@@ -97,10 +98,13 @@ def _row_mask(segments: Segments, like: Tensor) -> Tensor:
 
 def variants(device: str, q: Tensor, v: Tensor) -> dict[str, Attend]:
     """What runs on the device."""
+    found: dict[str, Attend]
     if device == "cpu":
-        return {"by_segment": sdpa_segments, "dense_pair": dense_pair, "dense_row": dense_row}
-    found: dict[str, Attend] = {"sdpa": sdpa_segments}
-    for name in ("varlen", "flash_attn", "flex"):
+        found = {"by_segment": sdpa_segments, "dense_pair": dense_pair, "dense_row": dense_row}
+        names: tuple[str, ...] = ("compiled",)
+    else:
+        found, names = {"sdpa": sdpa_segments}, ("varlen", "flash_attn", "flex")
+    for name in names:
         try:
             found[name] = choose_backend(name, q, v, None, 0.0)
         except ValueError as reason:

@@ -4,9 +4,10 @@
 namespace py = pybind11;
 
 namespace dpo_fast {
-void register_ema(py::module_& m);       // ema.cpp
-void register_epilogue(py::module_& m);  // epilogue.cpp
-void register_head(py::module_& m);      // head.cpp
+void register_attention(py::module_& m);  // attention.cpp
+void register_ema(py::module_& m);        // ema.cpp
+void register_epilogue(py::module_& m);   // epilogue.cpp
+void register_head(py::module_& m);       // head.cpp
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -16,6 +17,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
+  dpo_fast::register_attention(m);
   dpo_fast::register_ema(m);
   dpo_fast::register_epilogue(m);
   dpo_fast::register_head(m);

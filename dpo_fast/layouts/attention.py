@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpo_fast.layouts.attention_compiled import compiled_segments, why_not_compiled
 from dpo_fast.layouts.attention_flex import flex_segments, why_not_flex
 from dpo_fast.layouts.attention_sdpa import capped_attention, sdpa_segments
 from dpo_fast.layouts.attention_varlen import (
@@ -36,6 +37,7 @@ _NAMES = {
     "varlen": f"{IMPLEMENTATION}_varlen",
     "flash_attn": f"{IMPLEMENTATION}_fa",
     "flex": f"{IMPLEMENTATION}_flex",
+    "compiled": f"{IMPLEMENTATION}_compiled",
     "sdpa": f"{IMPLEMENTATION}_by_segment",
 }
 BACKENDS = tuple(_NAMES)
@@ -162,6 +164,7 @@ def _choose(
             partial(flash_attn_segments, softcap=softcap),
         ),
         "flex": (why_not_flex(query, value, dropout), partial(flex_segments, softcap=softcap)),
+        "compiled": (why_not_compiled(query, value, softcap, dropout), compiled_segments),
         "sdpa": (None, partial(sdpa_segments, softcap=softcap, dropout=dropout)),
     }
     names = list(candidates) if backend == "auto" else [backend]

@@ -1,7 +1,7 @@
 """Attention segment by segment through PyTorch's own scaled dot product: any device, any dtype.
 
-The fastest way on a CPU, where a call costs little and a causal kernel skips what a mask would
-compute; on a GPU the exact fallback, and what the other backends are checked against.
+On a CPU a call costs little, and a causal kernel skips what a mask would compute; everywhere the
+exact fallback, and what the other backends are checked against.
 
 Legend: L tokens, D head size, Hq and Hkv heads of queries and of keys.
 """

@@ -13,6 +13,7 @@ from dpo_fast.backends import choose as choose_backend
 from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import DPOConfig, refuse_removed
+from dpo_fast.heap import freed_memory_kept, return_freed_memory
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
@@ -190,6 +191,23 @@ class Trainer(
         if num_items_in_batch is not None:
             loss = loss * self.data_parallel_size
         return (loss, output) if return_outputs else loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; on a CPU, freed memory stays with the process meanwhile."""
+        try:
+            with self.training_memory():
+                return super().train(*args, **kwargs)
+        finally:
+            if self.args.device.type == "cpu":
+                return_freed_memory()
+
+    def training_memory(self) -> contextlib.AbstractContextManager[None]:
+        """What ``train`` sets for the allocator; whoever runs steps by hand enters it around
+        them.
+        """
+        if self.args.device.type != "cpu":
+            return contextlib.nullcontext()
+        return freed_memory_kept()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the layouts have it, with activations in host memory where ``activation_offloading``

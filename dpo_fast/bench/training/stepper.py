@@ -1,5 +1,6 @@
 """A variant of a whole training step, with optimizer and clipping."""
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -31,12 +32,17 @@ class Stepper:
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.policy = loop, loop.policy
+        self._around = getattr(loop, "around_step", contextlib.nullcontext)
         self.policy.train()
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6)
 
     def step(self, rows: list[Row]) -> tuple[float, dict[str, Tensor]]:
         """The loss before the step, and the clipped gradients that it was made with."""
+        with self._around():
+            return self._step(rows)
+
+    def _step(self, rows: list[Row]) -> tuple[float, dict[str, Tensor]]:
         loss = self.loop.loss(rows)
         loss.backward()
         nn.utils.clip_grad_norm_(self.policy.parameters(), CLIP)

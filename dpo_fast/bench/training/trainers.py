@@ -1,5 +1,6 @@
 """Steps of TRL's trainer and ours, outside of ``train()``: the tokens are the benchmark's."""
 
+import contextlib
 import tempfile
 from typing import Any
 
@@ -20,6 +21,13 @@ class TrainerLoop:
         if hasattr(trainer, "layout_attention"):  # train() would be inside
             self.attention = trainer.layout_attention()
             self.attention.__enter__()
+
+    def around_step(self) -> contextlib.AbstractContextManager[None]:
+        """What the trainer's own ``train`` sets around all steps."""
+        if hasattr(self.trainer, "training_memory"):
+            context: contextlib.AbstractContextManager[None] = self.trainer.training_memory()
+            return context
+        return contextlib.nullcontext()
 
     def loss(self, rows: list[Row]) -> Tensor:
         """The loss of a micro-batch that is a whole batch."""

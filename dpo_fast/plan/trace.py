@@ -105,8 +105,10 @@ def trace_step(
 def _attention(
     model: FakeModel, batch: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager[Any]:
-    packed = SEGMENTS_KEY in batch
-    return segment_attention_in(model.module) if packed else known_masks(model, batch)
+    if SEGMENTS_KEY not in batch:
+        return known_masks(model, batch)
+    # Fake tensors have no memory for the C++ attention to read; SDPA keeps as much for its backward.
+    return segment_attention_in(model.module, backend="sdpa")
 
 
 class _Step:

@@ -125,16 +125,18 @@ bool ema_isa_available(Isa isa) {
 }
 
 void ema_cpu(const EmaTable& table, const EmaBlend& blend, Isa isa, int num_threads) {
-  // Chunks are handed out one by one: a core slowed down by other work takes fewer. No value depends on the order.
+  // Neighbouring chunks are handed out together, so that each thread reads long runs, and a core slowed down by other
+  // work takes fewer of them. No value depends on the order.
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(32, table.num_chunks / (8 * num_threads)));
 #ifdef _OPENMP
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic, run)
 #endif
   for (int64_t chunk = 0; chunk < table.num_chunks; ++chunk) {
     const EmaRow& row = table.rows[table.chunk_rows[chunk]];
     const int64_t start = (chunk - row.first_chunk) * table.chunk_size;
     update_chunk(row, start, std::min(table.chunk_size, row.numel - start), blend, isa);
   }
-  (void)num_threads;
+  (void)run;
 }
 
 }  // namespace dpo_fast

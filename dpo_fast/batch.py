@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast.row_groups import group_rows
-
 # What PlannedCollator adds to a batch. "pair_index" comes first in the dict: see PlannedCollator.
 PLAN_KEYS = ("pair_index", "token_index", "target", "cu_seqlens", "seq_lens", "completion_lens")
 # Host numbers of a batch: tokens by TRL's definition (attended positions of the padded rows, the
@@ -25,7 +23,8 @@ PLAN_KEYS = ("pair_index", "token_index", "target", "cu_seqlens", "seq_lens", "c
 COUNT_KEYS = ("num_tokens", "padded_tokens", "executed_tokens")
 # The dpo_fast.layouts.Segments of a packed batch, an argument of the model's attention.
 SEGMENTS_KEY = "pair_segments"
-# The dpo_fast.row_groups.RowGroups of a padded batch: rows that go through the backbone together.
+# How the rows of a padded batch go through the backbone, other than all at once: the
+# dpo_fast.row_groups.RowGroups or dpo_fast.layouts.joined_rows.JoinedRows.
 GROUPS_KEY = "row_groups"
 # Labels that are shifted already (what each position predicts): context parallel batches.
 SHIFT_KEY = "shift_labels"
@@ -192,7 +191,9 @@ class PlannedCollator:
             ``attention_mask`` and ``completion_mask`` (each ``[2P, T]``, chosen rows first). A
             ``labels`` key (-100 outside of the completions) is accepted in place of
             ``completion_mask`` and replaced by it.
-        group_rows: also plan ``row_groups`` (:mod:`dpo_fast.row_groups`).
+        plan_rows: also plan ``row_groups`` from the attention mask:
+            :func:`dpo_fast.row_groups.group_rows` or
+            :func:`dpo_fast.layouts.joined_rows.join_rows`.
 
     Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, the
     keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because
@@ -204,10 +205,13 @@ class PlannedCollator:
     """
 
     def __init__(
-        self, collator: Callable[[list[Any]], Mapping[str, Any]], *, group_rows: bool = False
+        self,
+        collator: Callable[[list[Any]], Mapping[str, Any]],
+        *,
+        plan_rows: Callable[[Tensor], Any] | None = None,
     ) -> None:
         self.collator = collator
-        self.group_rows = group_rows
+        self.plan_rows = plan_rows
 
     def __call__(self, rows: list[Any]) -> dict[str, Any]:
         batch = self.collator(rows)
@@ -218,8 +222,8 @@ class PlannedCollator:
         size = completion_mask.numel()
         attended = int(kept["attention_mask"].sum()) if "attention_mask" in kept else size
         executed = size
-        if self.group_rows and "attention_mask" in kept:
-            groups = group_rows(kept["attention_mask"])
+        if self.plan_rows is not None and "attention_mask" in kept:
+            groups = self.plan_rows(kept["attention_mask"])
             if groups is not None:
                 kept[GROUPS_KEY], executed = groups, groups.num_tokens
         counts = dict(zip(COUNT_KEYS, (attended, size, executed), strict=True))

@@ -3,8 +3,8 @@
 A processor without an accelerator gains nothing from one large batch: a few rows fill its matrix
 units, their activations stay in its caches, and what a row lacks to the longest one of its group is
 all that is computed in vain. The batch and the hidden states that come out of it are those of
-padded rows. This serves the models that packed rows do not (state spaces, ALiBi, the caller's own
-collator); on a GPU, launches cost more than they save.
+padded rows. This serves what packed rows do not (state spaces, ALiBi, the caller's own collator);
+:mod:`dpo_fast.layouts.joined_rows` serves the rest. On a GPU, launches cost more than they save.
 
 Legend: B rows, T padded length, H hidden.
 """
@@ -33,22 +33,32 @@ class RowGroups:
         """Positions that the backbone computes."""
         return sum(len(rows) * width for rows, width in self.groups)
 
+    def run(self, run: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor | None:
+        """:func:`run_in_groups`."""
+        return run_in_groups(run, inputs, self)
+
 
 def group_rows(attention_mask: Tensor) -> RowGroups | None:
     """Groups with the least work for ``attention_mask [B, T]``; None where one pass does best.
 
     Rows that are padded elsewhere than on the right, or not attended at all, are left together.
     """
+    sizes = right_padded_lengths(attention_mask)
+    groups = _least_work(sizes) if sizes else ()
+    return RowGroups(groups) if len(groups) > 1 else None
+
+
+def right_padded_lengths(attention_mask: Tensor) -> list[int] | None:
+    """Attended tokens of each row of ``attention_mask [B, T]``; None where a row is empty, or
+    padded elsewhere than on the right.
+    """
     attended = attention_mask != 0
     lengths = attended.sum(dim=1)
     right_padded = torch.equal(
         attended, torch.arange(attended.shape[1], device=attended.device) < lengths[:, None]
     )
-    sizes = lengths.tolist()
-    if not right_padded or not sizes or min(sizes) == 0:
-        return None
-    groups = _least_work(sizes)
-    return RowGroups(groups) if len(groups) > 1 else None
+    sizes: list[int] = lengths.tolist()
+    return sizes if right_padded and sizes and min(sizes) > 0 else None
 
 
 def _least_work(lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], int], ...]:

@@ -69,7 +69,8 @@ def test_no_other_cut_is_less_work(seed: int) -> None:
 def batches() -> tuple[dict, dict]:
     """One batch, whole and in groups."""
     collator = DataCollatorForPreference(pad_token_id=0)
-    whole, cut = PlannedCollator(collator)(ROWS), PlannedCollator(collator, group_rows=True)(ROWS)
+    whole = PlannedCollator(collator)(ROWS)
+    cut = PlannedCollator(collator, plan_rows=group_rows)(ROWS)
     assert GROUPS_KEY not in whole and GROUPS_KEY in cut
     return whole, cut
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_fast.batch import PlannedCollator
 from dpo_fast.data.collate import DataCollatorForPreference
@@ -83,21 +83,27 @@ def make_collator(
     truncation_mode: str,
     pad_to_multiple_of: int | None = None,
     few_shapes: bool = False,
-    group_rows: bool = False,
+    plan_rows: Callable[[Tensor], Any] | None = None,
 ) -> Callable[[list[Any]], dict[str, Any]]:
     """The collator of a layout.
 
-    ``pad_to_multiple_of`` and ``group_rows`` concern padded rows, ``few_shapes`` packed ones.
+    ``pad_to_multiple_of`` and ``plan_rows`` concern padded rows, ``few_shapes`` packed ones.
     """
     if not choice.is_packed:
         return PlannedCollator(
             DataCollatorForPreference(
                 pad_token_id, max_length, truncation_mode, pad_to_multiple_of
             ),
-            group_rows=group_rows,
+            plan_rows=plan_rows,
         )
     collator = SharedPrefixCollator if choice.name == "shared_prefix" else PackedCollator
     return collator(pad_token_id, max_length, truncation_mode, few_shapes)
+
+
+def why_not_joined(model: nn.Module, ref_model: nn.Module | None) -> str | None:
+    """Why padded rows cannot run as one row without padding; None if they can."""
+    models = [m for m in (model, ref_model) if m is not None]
+    return _first_reason(models, why_not_packed, PackedCollator(pad_token_id=0))
 
 
 def _supported(
@@ -113,7 +119,7 @@ def _supported(
         if reason is None:
             return LayoutChoice("shared_prefix", "each prompt is computed once")
         reasons.append(reason)
-    reason = _first_reason(models, why_not_packed, PackedCollator(pad_token_id=0))
+    reason = why_not_joined(model, ref_model)
     if reason is None:
         return LayoutChoice("packed", reasons[0] if reasons else "no padding is computed")
     return LayoutChoice("padded", reason)

@@ -29,7 +29,6 @@ from dpo_fast.batch import (
 from dpo_fast.models.head import Head, base_causal_lm, head_of
 from dpo_fast.models.head_call import in_head_forward
 from dpo_fast.models.tensor_parallel import local_head, whole_hidden
-from dpo_fast.row_groups import RowGroups, run_in_groups
 
 _ORIGINAL = "_dpo_fast_original_forward"
 # Keys of a batch that are not the model's.
@@ -78,13 +77,13 @@ def install_scoring(model: nn.Module) -> None:
         *args: Any,
         scoring: Callable[[Tensor, Head], Any] | None = None,
         router_mask: Tensor | None = None,
-        row_groups: RowGroups | None = None,
+        row_groups: Any = None,
         **kwargs: Any,
     ) -> Any:
         if scoring is None:
             return getattr(self, _ORIGINAL)(*args, **kwargs)
         if row_groups is not None and not args:
-            hidden = run_in_groups(_last_hidden_state(self), kwargs, row_groups)
+            hidden = row_groups.run(_last_hidden_state(self), kwargs)
             if hidden is not None:
                 lm = base_causal_lm(self)
                 return ScoredOutput(scoring(hidden, local_head(head_of(lm), lm)), None)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_fast.layouts import LayoutChoice, make_collator, pair_lengths
+from dpo_fast.layouts.joined_rows import join_rows
+from dpo_fast.row_groups import group_rows
 
 Row = dict[str, Any]
 
@@ -82,14 +84,19 @@ def collate(
     max_length: int | None,
     truncation_mode: str,
     on_accelerator: bool,
+    joins_rows: bool,
 ) -> dict[str, Any]:
-    """The batch that the trainer would make of the rows."""
+    """The batch that the trainer would make of the rows.
+
+    ``joins_rows``: the model computes the same from packed rows.
+    """
+    plan_rows = join_rows if joins_rows else group_rows
     collator = make_collator(
         LayoutChoice(layout, "planned"),
         pad_token_id=0,
         max_length=max_length,
         truncation_mode=truncation_mode,
         few_shapes=on_accelerator,
-        group_rows=not on_accelerator,
+        plan_rows=None if on_accelerator else plan_rows,
     )
     return collator(rows)

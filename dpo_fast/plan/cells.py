@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from dpo_fast.layouts.support import why_not_packed, why_not_shared
 from dpo_fast.plan.batches import Batches, collate
 from dpo_fast.plan.devices import Device
 from dpo_fast.plan.fake import FakeModel
@@ -119,8 +120,6 @@ def plan_cells(
 
 def why_not_layouts(config: Any, lora: Any = None) -> dict[str, str]:
     """Layouts that the model's architecture excludes, with the reason."""
-    from dpo_fast.layouts.support import why_not_packed, why_not_shared
-
     model = FakeModel(config, Setting("full", "bf16", False, "padded", "precomputed"), lora).module
     reasons = {"packed": why_not_packed(model), "shared_prefix": why_not_shared(model)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
@@ -159,6 +158,7 @@ class _Planner:
                 max_length=self.run.max_length,
                 truncation_mode=self.run.truncation_mode,
                 on_accelerator=on_accelerator,
+                joins_rows=why_not_packed(self.model.module) is None,
             )
             self.traces[key] = trace_step(
                 self.model,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from dpo_fast.backends import Needs
-from dpo_fast.batch import SEGMENTS_KEY, TokenPlan
+from dpo_fast.batch import TokenPlan
 from dpo_fast.functional.autocast import autocast_head, no_autocast
 from dpo_fast.layouts import segment_attention_in
+from dpo_fast.layouts.joined_rows import has_segments
 from dpo_fast.models import Head, forward_scored
 from dpo_fast.plan.fake import FakeModel
 from dpo_fast.plan.flops import count_flops
@@ -105,9 +106,9 @@ def trace_step(
 def _attention(
     model: FakeModel, batch: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager[Any]:
-    if SEGMENTS_KEY not in batch:
+    if not has_segments(batch):
         return known_masks(model, batch)
-    # Fake tensors have no memory for the C++ attention to read; SDPA keeps as much for its backward.
+    # The C++ attention has nothing to read in fake tensors; SDPA keeps as much for its backward.
     return segment_attention_in(model.module, backend="sdpa")
 
 

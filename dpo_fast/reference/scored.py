@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_fast.batch import SEGMENTS_KEY, TokenPlan
+from dpo_fast.batch import TokenPlan
 from dpo_fast.functional import linear_logprobs, sequence_logprobs
 from dpo_fast.layouts import segment_attention_in
+from dpo_fast.layouts.joined_rows import has_segments
 from dpo_fast.models import Head, forward_scored, head_of, install_scoring
 from dpo_fast.reference.inference import inference_pass
 from dpo_fast.reference.protocol import Batch
@@ -105,7 +106,7 @@ class ScoredReference:
         return head
 
     def _run(self, batch: Batch, score: Any) -> Any:
-        packed = self.model if SEGMENTS_KEY in batch else None
+        packed = self.model if has_segments(batch) else None
         with (
             inference_pass(self.model, self.scoring.autocast_dtype),
             self.as_reference(),

@@ -22,7 +22,10 @@ from dpo_fast.layouts import (
     pair_lengths,
     segment_attention_in,
 )
+from dpo_fast.layouts.choose import why_not_joined
+from dpo_fast.layouts.joined_rows import join_rows
 from dpo_fast.layouts.lengths import PairLengths
+from dpo_fast.row_groups import group_rows
 from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 
 MICRO_BATCHES = "micro_batches"
@@ -41,6 +44,7 @@ class LayoutsMixin:
     train_dataset: Any
     layout: LayoutChoice
     batch_collator: Collator
+    _joins_rows: bool
 
     def init_layout(self, data_collator: Collator | None, ref_model: nn.Module | None) -> None:
         """Choose layout and collators; called when the model is on its device and not sharded.
@@ -61,8 +65,14 @@ class LayoutsMixin:
             batch_size=args.per_device_train_batch_size,
             unsupported=self._why_padded(data_collator),
         )
+        self._joins_rows = (
+            data_collator is None
+            and not self.layout.is_packed
+            and self._plans_rows()
+            and why_not_joined(self.model, ref_model) is None
+        )
         if data_collator is not None:
-            self.batch_collator = PlannedCollator(data_collator, group_rows=self._groups_rows())
+            self.batch_collator = PlannedCollator(data_collator, plan_rows=self._row_planner())
         else:
             self.batch_collator = self._collator(self.layout)
         self.data_collator = self.batch_collator
@@ -79,11 +89,17 @@ class LayoutsMixin:
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
             few_shapes=args.device.type != "cpu",
-            group_rows=self._groups_rows(),
+            plan_rows=self._row_planner(),
         )
 
-    def _groups_rows(self) -> bool:
-        """Whether padded rows run in groups of like length: on a CPU, with the weights whole."""
+    def _row_planner(self) -> Callable[[Tensor], Any] | None:
+        """How padded rows go through the backbone; None: all at once."""
+        if not self._plans_rows():
+            return None
+        return join_rows if self._joins_rows else group_rows
+
+    def _plans_rows(self) -> bool:
+        """Whether padded rows run joined, or in groups: on a CPU, with the weights whole."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # type: ignore[attr-defined]
         return self.args.device.type == "cpu" and not sharded
 
@@ -102,12 +118,12 @@ class LayoutsMixin:
     # -- attention ---------------------------------------------------------------------------------
 
     def layout_attention(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, policy and reference attend within the segments of packed rows.
+        """Inside, policy and reference attend within the segments of packed or joined rows.
 
         ``train``, ``evaluate`` and ``predict`` are inside by themselves; whoever calls
         ``compute_loss`` or a model on packed batches enters it, backward included.
         """
-        if not self.layout.is_packed:
+        if not self.layout.is_packed and not self._joins_rows:
             return contextlib.nullcontext()
         return segment_attention_in(self.model, getattr(self.reference, "module", None))
 

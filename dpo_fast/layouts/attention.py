@@ -148,7 +148,7 @@ def choose_backend(
         ValueError: the one named cannot run, with the reason.
     """
     sizes = query.shape[-1], value.shape[-1]
-    key = (backend, query.device, query.dtype, *sizes, softcap, dropout)
+    key = (backend, query.device, query.dtype, value.dtype, *sizes, softcap, dropout)
     if key not in _chosen:
         _chosen[key] = _choose(backend, query, value, softcap, dropout)
     return _chosen[key]

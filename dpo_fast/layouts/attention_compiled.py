@@ -24,8 +24,9 @@ def why_not_compiled(
     """Why the C++ kernel does not serve a call; None if it does."""
     if query.device.type != "cpu":
         return f"the C++ attention is for the CPU, the tensors are on {query.device}"
-    if query.dtype != torch.float32:
-        return f"the C++ attention computes float32, the tensors are {query.dtype}"
+    if query.dtype != torch.float32 or value.dtype != torch.float32:
+        dtypes = f"{query.dtype} queries and {value.dtype} values"  # autocast leaves both
+        return f"the C++ attention computes float32, and there are {dtypes}"
     if softcap is not None:
         return "the C++ attention has no soft cap of the scores"
     if dropout:
@@ -54,7 +55,16 @@ def compiled_segments(
     differentiable.
 
     Memory: the result, ``[Hq, L]`` for the backward, and a few hundred KiB a thread.
+
+    Raises:
+        TypeError: a tensor is not float32 on the CPU.
     """
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            raise TypeError(
+                f"{name} is {x.dtype} on {x.device}; the C++ attention reads float32 on the CPU: "
+                "use sdpa_segments"
+            )
     out: Tensor = _CompiledAttention.apply(query, key, value, segments, scale, window)
     return out
 

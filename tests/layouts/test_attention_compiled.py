@@ -149,6 +149,19 @@ def test_what_it_refuses_by_name_and_where_auto_passes_it_over() -> None:
         assert chosen.func is sdpa_segments
 
 
+def test_a_value_of_another_type_is_not_read_as_float32() -> None:
+    """Under autocast rotated queries and keys are float32, and values are bfloat16."""
+    query, key, value = (x.float() for x in draw(LONG.length, (4, 2)))
+    assert choose_backend("auto", query, value, None, 0.0) is compiled_segments
+    chosen: Any = choose_backend("auto", query, value.bfloat16(), None, 0.0)
+    assert chosen.func is sdpa_segments
+    for wrong in ((query.bfloat16(), key, value), (query, key.double(), value)):
+        with pytest.raises(TypeError, match="float32"):
+            compiled_segments(*wrong, LONG, scale=0.2)
+    with pytest.raises(TypeError, match=r"value is torch\.bfloat16"):
+        compiled_segments(query, key, value.bfloat16(), LONG, scale=0.2)
+
+
 @pytest.mark.parametrize(
     ("rows", "why"),
     [

@@ -66,9 +66,9 @@ class LayoutsMixin:
             unsupported=self._why_padded(data_collator),
         )
         self._joins_rows = (
-            data_collator is None
-            and not self.layout.is_packed
+            not self.layout.is_packed
             and self._plans_rows()
+            and self._why_padded(data_collator) is None
             and why_not_joined(self.model, ref_model) is None
         )
         if data_collator is not None:

@@ -34,6 +34,8 @@ def why_not_compiled(
     module = compiled()
     if module is None:
         return "the compiled module dpo_fast._C is missing (`dpo-fast doctor`)"
+    if not hasattr(module, "Attention"):
+        return "dpo_fast._C was built from older sources: install again"
     sizes = query.shape[-1], value.shape[-1]
     if not module.attention_serves(*sizes):
         return f"heads of {sizes} are not multiples of 16, or this processor has no AVX2"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_fast.backends.adapter_grad import lora_a_grad
 from dpo_fast.backends.compiled import compiled
 from dpo_fast.backends.interface import HeadForward, HeadGrads, LinearHead, Needs, Saved
 from dpo_fast.backends.scratch import scratch
@@ -150,9 +151,7 @@ class CpuBackend:
             return grads
         x = kept.hidden.float().contiguous()
         if kept.eb is not None:
-            new = torch.mm((v.unsqueeze(1) * kept.eb).t(), x).mul_(meta.lora_scale)
-            old = None if into is None else into.lora_a
-            grads = grads._replace(lora_a=new if old is None else old.add_(new))
+            grads = grads._replace(lora_a=lora_a_grad(v, kept.eb, x, meta.lora_scale, into))
         if not needs.head:
             return grads
         return self._head_grads(kept, meta, x, v, into or HeadGrads(), grads)

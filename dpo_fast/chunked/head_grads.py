@@ -1,4 +1,4 @@
-"""Gradients of the head's parameters from probabilities, stored or computed again.
+"""Gradients of the head's parameters from probabilities.
 
 Legend: N scored tokens, n rows of a chunk, H hidden, V vocabulary, r rank of the head's adapter.
 
@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from dpo_fast.backends.interface import HeadGrads, LinearHead, Needs
-from dpo_fast.backends.scratch import as_matrix, scratch
-from dpo_fast.chunked.chunks import chunk_rows, chunks, row_bytes
-from dpo_fast.chunked.epilogue import exponentials_
 from dpo_fast.chunked.gemm import add_lora_logits, logits_into
 
 
@@ -33,22 +30,6 @@ class Factors(NamedTuple):
             None if self.weight is None else self.weight[part],
             None if self.lora_b is None else self.lora_b[part],
         )
-
-
-class Again(NamedTuple):
-    """What it takes to compute probabilities once more."""
-
-    head: LinearHead
-    target: Tensor  # [N]
-    shift: Tensor  # [N]
-    rest: Tensor  # [N]
-
-
-def lora_a_grad(v: Tensor, eb: Tensor, x: Tensor, scale: float, into: HeadGrads | None) -> Tensor:
-    """``dA = lora_scale * (v E B)^T X``, added to that of ``into`` if there is one."""
-    new = torch.mm((v.unsqueeze(1) * eb).t(), x).mul_(scale)
-    old = None if into is None else into.lora_a
-    return new if old is None else old.add_(new)
 
 
 def new_totals(needs: Needs, into: HeadGrads | None, vocab: int, x: Tensor, rank: int) -> HeadGrads:
@@ -83,28 +64,6 @@ def logits_of(chunk: Tensor, x: Tensor, xa: Tensor | None, part: slice, head: Li
     logits_into(chunk, x[part], head.weight)
     if xa is not None and head.lora is not None:
         add_lora_logits(chunk, xa[part], head.lora.b, head.lora.scale)
-
-
-def add_grads_again(total: HeadGrads, x: Tensor, factors: Factors, again: Again) -> None:
-    """The same for all rows, chunk by chunk, probabilities computed once more."""
-    head = again.head
-    lora, vocab = head.lora, head.weight.shape[0]
-    xa = None if lora is None else x @ lora.a.to(x.dtype).t()
-    size = chunk_rows(x.shape[0], vocab, x.dtype) * row_bytes(vocab, x.dtype)
-    with scratch.borrow(size, x.device) as memory:
-        for part in chunks(x.shape[0], vocab, x.dtype):
-            chunk = as_matrix(memory, part.stop - part.start, vocab, x.dtype)
-            logits_of(chunk, x, xa, part, head)
-            exponentials_(
-                chunk,
-                again.target[part],
-                shift=again.shift[part],
-                rest=again.rest[part],
-                bias=head.bias,
-                softcap=head.softcap,
-                scale=head.scale,
-            )
-            add_grads(total, chunk, factors.rows(part))
 
 
 def weighted(x: Tensor, v: Tensor, a: Tensor | None, needs: Needs, lora_scale: float) -> Factors:

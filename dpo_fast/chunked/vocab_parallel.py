@@ -14,28 +14,18 @@ gradients is scaled by f, and the owner adds the target's own part::
 dX and dA are parts of a sum over the ranks, which the caller takes; dW, db and dB are whole.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_fast.backends.interface import HeadForward, HeadGrads, LinearHead, Needs, Saved
-from dpo_fast.backends.scratch import as_matrix, scratch
 from dpo_fast.backends.shard import VocabShard
 from dpo_fast.chunked.backend import ChunkedBackend
-from dpo_fast.chunked.chunks import chunk_rows, chunks
 from dpo_fast.chunked.epilogue_torch import below_, shift_
-from dpo_fast.chunked.gemm import times_weight, wide_dtype
-from dpo_fast.chunked.head_grads import (
-    Factors,
-    add_grads,
-    logits_of,
-    lora_a_grad,
-    new_totals,
-    weighted,
-)
-from dpo_fast.naive import HeadLoRA, LinearLogprobs
+from dpo_fast.chunked.frame import HeadShare, add_products, keep, walk, walk_back
+from dpo_fast.chunked.head_grads import weighted
+from dpo_fast.naive import LinearLogprobs
 
 _LOWEST = -104.0  # exp of anything below is 0 in float32
 
@@ -53,31 +43,14 @@ class _Local(NamedTuple):
     best: Tensor | None = None  # first column of the maximum, int64
 
 
-class _Kept(NamedTuple):
-    """Tensors for the backward; None where it does without."""
+class _Own(NamedTuple):
+    """What the gradients of the head need beside E; None where they are not asked for."""
 
-    row_scale: Tensor  # [N]: -scale / S
-    dx: Tensor | None = None  # [N, H], unscaled
-    eb: Tensor | None = None  # [N, r], unscaled
     factor: Tensor | None = None  # [N]: f
     target_part: Tensor | None = None  # [N]: -R_all g_y of the owner, 0 elsewhere
     column: Tensor | None = None  # [N]
-    memory: Tensor | None = None  # uint8: the stored E
-    hidden: Tensor | None = None
-    lora_a: Tensor | None = None
-    weight: Tensor | None = None  # this and what follows: to compute E again
-    bias: Tensor | None = None
-    lora_b: Tensor | None = None
-    owned: Tensor | None = None
+    owned: Tensor | None = None  # this and what follows: to compute E again
     top: Tensor | None = None
-
-
-class _Meta(NamedTuple):
-    needs: Needs
-    softcap: float | None
-    scale: float
-    lora_scale: float
-    vocab: int
 
 
 class VocabParallelBackend(ChunkedBackend):
@@ -95,99 +68,53 @@ class VocabParallelBackend(ChunkedBackend):
         buffer: Tensor | None = None,
     ) -> HeadForward:
         assert head.shard is not None
-        wide = wide_dtype(head.weight.dtype)
-        rows, vocab = hidden.shape[0], head.weight.shape[0]
-        owned, column = head.shard.locate(target, vocab)
-        x = hidden.to(wide)
-        xa = None if head.lora is None else x @ head.lora.a.to(wide).t()
-        dx = x.new_empty(x.shape) if needs.hidden else None
-        eb = x.new_empty(xa.shape) if xa is not None and (needs.hidden or needs.lora_a) else None
-        store = store and needs.head
-        size = (rows if store else chunk_rows(rows, vocab, wide)) * self.row_bytes(head)
-        memory = x.new_empty(size, dtype=torch.uint8) if store and buffer is None else buffer
-        parts: list[_Local] = []
-        lend = scratch.borrow(size, x.device) if memory is None else nullcontext(memory)
-        with lend as room:
-            for part in chunks(rows, vocab, wide):
-                chunk = as_matrix(room, part.stop if store else part.stop - part.start, vocab, wide)
-                chunk = chunk[part] if store else chunk
-                logits_of(chunk, x, xa, part, head)
-                parts.append(
-                    _exponentials_(
-                        chunk, column[part], owned[part], head, slope=any(needs), outputs=outputs
-                    )
-                )
-                if dx is not None:
-                    times_weight(chunk, head.weight, out=dx[part])
-                if eb is not None and head.lora is not None:
-                    times_weight(chunk, head.lora.b, out=eb[part])
-        local = _join(parts, x, outputs)
+        owned, column = head.shard.locate(target, head.weight.shape[0])
+
+        def epilogue(chunk: Tensor, part: slice) -> _Local:
+            return _exponentials_(
+                chunk, column[part], owned[part], head, slope=any(needs), outputs=outputs
+            )
+
+        walked = walk(hidden, head, epilogue, needs=needs, store=store, buffer=buffer)
+        local = _join(walked.rows, walked.x, outputs)
         result, rest, total, factor = _over_ranks(local, target, owned, head, head.shard, outputs)
         if not any(needs):
             return HeadForward(result, None)
         target_part = torch.where(owned, -rest * local.slope, 0.0)
-        if dx is not None:
-            _add_target_(dx, factor, target_part, head.weight, column)
-        if eb is not None and head.lora is not None:
-            _add_target_(eb, factor, target_part, head.lora.b, column)
-            if dx is not None:
-                dx.addmm_(eb, head.lora.a.to(wide), alpha=head.lora.scale)
-        kept = _Kept(total.reciprocal().mul_(-head.scale), dx, eb if needs.lora_a else None)
-        if needs.head or needs.lora_a:
-            kept = kept._replace(hidden=hidden)
+        if walked.dx is not None:
+            _add_target_(walked.dx, factor, target_part, head.weight, column)
+        if walked.eb is not None and head.lora is not None:
+            _add_target_(walked.eb, factor, target_part, head.lora.b, column)
+        own = _Own()
         if needs.head:
-            kept = kept._replace(factor=factor, target_part=target_part, column=column)
-            kept = _what_gives_e(kept, head, memory if store else None, owned, local.top)
-        lora_scale = 0.0 if head.lora is None else head.lora.scale
-        return HeadForward(
-            result,
-            Saved(tuple(kept), _Meta(needs, head.softcap, head.scale, lora_scale, vocab)),
-        )
+            own = _Own(factor, target_part, column)
+            if walked.memory is None:
+                own = own._replace(owned=owned, top=local.top)
+        return HeadForward(result, keep(walked, hidden, head, total, needs, own))
 
     def backward(self, saved: Saved, dlogps: Tensor, into: HeadGrads | None = None) -> HeadGrads:
-        kept, meta = _Kept(*saved.tensors), saved.meta  # type: ignore[arg-type]
-        needs: Needs = meta.needs
-        v = kept.row_scale * dlogps
-        grads = HeadGrads()
-        if kept.dx is not None:
-            grads = grads._replace(hidden=v.unsqueeze(1) * kept.dx)
-        if kept.hidden is None:
-            return grads
-        x = kept.hidden.to(v.dtype)
-        if kept.eb is not None:
-            grads = grads._replace(lora_a=lora_a_grad(v, kept.eb, x, meta.lora_scale, into))
-        if not needs.head:
-            return grads
-        assert kept.factor is not None and kept.target_part is not None
-        assert kept.column is not None
-        rank = 0 if kept.lora_a is None else kept.lora_a.shape[0]
-        total = new_totals(needs, into, meta.vocab, x, rank)
-        factors = weighted(x, v * kept.factor, kept.lora_a, needs, meta.lora_scale)
-        if kept.memory is not None:
-            add_grads(total, as_matrix(kept.memory, x.shape[0], meta.vocab, v.dtype), factors)
-        else:
-            _add_grads_again(total, x, factors, kept, meta)
-        own = weighted(x, v * kept.target_part, kept.lora_a, needs, meta.lora_scale)
-        for sums, values in (
-            (total.weight, own.weight),
-            (total.lora_b, own.lora_b),
-            (total.bias, own.v),
-        ):
-            if sums is not None and values is not None:
-                _add_rows_(sums, kept.column, values)
-        return grads._replace(weight=total.weight, bias=total.bias, lora_b=total.lora_b)
+        return walk_back(saved, dlogps, into, _add_share)
 
 
-def _what_gives_e(
-    kept: _Kept, head: LinearHead, memory: Tensor | None, owned: Tensor, top: Tensor
-) -> _Kept:
-    """E itself, or what computes it once more."""
-    lora = head.lora
-    kept = kept._replace(memory=memory, lora_a=None if lora is None else lora.a)
-    if memory is not None:
-        return kept
-    b = None if lora is None else lora.b
-    return kept._replace(weight=head.weight, bias=head.bias, lora_b=b, owned=owned, top=top)
+def _add_share(total: HeadGrads, share: HeadShare) -> None:
+    """``E^T`` times the factors scaled by f, and the target's own rows."""
+    own, (x, v), needs = _Own(*share.own), (share.x, share.v), share.meta.needs
+    assert own.factor is not None and own.target_part is not None and own.column is not None
+    column, a, lora_scale = own.column, share.kept.lora_a, share.meta.lora_scale
+
+    def epilogue(chunk: Tensor, part: slice, head: LinearHead) -> None:
+        assert own.owned is not None and own.top is not None
+        _exponentials_(chunk, column[part], own.owned[part], head, slope=True, top=own.top[part])
+
+    add_products(total, share, weighted(x, v * own.factor, a, needs, lora_scale), epilogue)
+    target = weighted(x, v * own.target_part, a, needs, lora_scale)
+    for sums, values in (
+        (total.weight, target.weight),
+        (total.lora_b, target.lora_b),
+        (total.bias, target.v),
+    ):
+        if sums is not None and values is not None:
+            _add_rows_(sums, column, values)
 
 
 def _exponentials_(
@@ -287,30 +214,3 @@ def _add_rows_(sums: Tensor, column: Tensor, values: Tensor) -> None:
         sums.index_add_(0, column, values)
     else:
         sums.index_put_((column,), values, accumulate=True)
-
-
-def _add_grads_again(
-    total: HeadGrads, x: Tensor, factors: Factors, kept: _Kept, meta: _Meta
-) -> None:
-    """Gradients from E computed once more, chunk by chunk."""
-    assert kept.weight is not None and kept.column is not None
-    assert kept.owned is not None and kept.top is not None
-    lora = None
-    if kept.lora_a is not None and kept.lora_b is not None:
-        lora = HeadLoRA(kept.lora_a, kept.lora_b, meta.lora_scale)
-    head = LinearHead(kept.weight, kept.bias, meta.softcap, meta.scale, lora)
-    xa = None if lora is None else x @ lora.a.to(x.dtype).t()
-    rows = chunk_rows(x.shape[0], meta.vocab, x.dtype)
-    with scratch.borrow(rows * ChunkedBackend().row_bytes(head), x.device) as memory:
-        for part in chunks(x.shape[0], meta.vocab, x.dtype):
-            chunk = as_matrix(memory, part.stop - part.start, meta.vocab, x.dtype)
-            logits_of(chunk, x, xa, part, head)
-            _exponentials_(
-                chunk,
-                kept.column[part],
-                kept.owned[part],
-                head,
-                slope=True,
-                top=kept.top[part],
-            )
-            add_grads(total, chunk, factors.rows(part))

@@ -137,19 +137,14 @@ class _Planner:
         if self.batches.typical is not self.batches.largest:
             typical = self._trace(setting, self.batches.typical, "typical")
         memory, phase = self._memory(setting, largest)
-        reference = typical
-        if not setting.runs_reference:  # the pass that was done beforehand
-            rows, name = self.batches.typical, "typical"
-            reference = self._trace(replace(setting, reference="frozen"), rows, name)
-        seconds, once = self._seconds(setting, typical, reference)
+        seconds, once = self._seconds(setting, typical)
         pairs = len(self.batches.typical)
         return Cell(setting, memory, phase, seconds, once, pairs, typical.tokens)
 
     def _trace(self, setting: Setting, rows: list[Any], name: str) -> Trace:
         if self.batches.typical is self.batches.largest:
             name = "both"
-        with_reference = setting.runs_reference
-        key = (replace(setting, reference=""), with_reference, name)
+        key = (replace(setting, reference=""), name)
         if key not in self.traces:
             on_accelerator = self.run.device.kind != "cpu"
             batch = collate(
@@ -164,7 +159,6 @@ class _Planner:
                 self.model,
                 batch,
                 checkpointing=setting.checkpointing,
-                with_reference=with_reference,
                 options=TraceOptions(
                     self.run.device.kind, self.run.accumulation > 1, self.run.workspace
                 ),
@@ -176,24 +170,23 @@ class _Planner:
         reference = weights if setting.holds_second_model() else 0
         if setting.reference == "ema" and not setting.holds_second_model():
             reference = trained  # a copy of the adapter
+        held, phase = trace.peak(setting.runs_reference)
         memory = {
             "weights": weights,
             "reference": reference,
-            "gradients": trace.peak.get("gradients", 0),
+            "gradients": held.get("gradients", 0),
             "optimizer": ADAMW_STATES * trained,
-            "head": trace.peak.get("head", 0),
-            "activations": trace.peak.get("activations", 0),
+            "head": held.get("head", 0),
+            "activations": held.get("activations", 0),
         }
-        return memory, trace.phase
+        return memory, phase
 
-    def _seconds(
-        self, setting: Setting, trace: Trace, reference: Trace
-    ) -> tuple[dict[str, float], float]:
+    def _seconds(self, setting: Setting, trace: Trace) -> tuple[dict[str, float], float]:
         run, device = self.run, self.run.device
         rate = device.rate(setting.precision) * run.efficiency
         steps = run.accumulation
-        # One product of the head scores the reference.
-        reference_pass = (reference.reference_flops + reference.head_flops) / rate
+        # One product of the head scores the reference, in the step or beforehand.
+        reference_pass = (trace.reference_flops + trace.head_flops) / rate
         # AdamW reads weight, gradient and both states, and writes weight and states.
         moved: float = (2 + 2 * ADAMW_STATES + 1) * self.model.trained_bytes
         if setting.reference == "ema":  # reads both, writes the reference

@@ -1,15 +1,15 @@
 """What is alive at a time, and at most: storages counted as operations make and drop tensors.
 
 Works on fake tensors, which have sizes and no memory: a training step of a model of any size runs
-in a second or two and says what it would hold. Each storage counts once, whatever views there are,
-under the name of the part that made it.
+and says what it would hold. Each storage counts once, whatever views there are, under the name of
+the part that made it.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 
+class Moment(NamedTuple):
+    """When in a step: what it was doing, and where in the model."""
+
+    phase: str = ""
+    place: str = ""
+
+
 class LiveMemory(TorchDispatchMode):
-    """Bytes alive while the mode is on, by part, and their state at the peak.
+    """Bytes alive while the mode is on, by part, and their state at the peak of each moment.
 
     Attributes:
         live: bytes now, by part.
-        peak: bytes at the peak, by part.
-        phase: what the step was doing at the peak.
+        peaks: bytes by part when their sum is largest, of each moment.
+        moment: what the step is doing.
         flops: of all operations that ``count`` knows.
 
     Args:
@@ -33,12 +40,13 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, count: Callable[[Any, Any, Any, Any], int] | None = None) -> None:
         super().__init__()
         self.live: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self.phase = ""
+        self.peaks: dict[Moment, Counter[str]] = {}
+        self.moment = Moment()
         self.flops = 0
         self._count = count
-        self._part, self._doing = "activations", ""
-        self._total = self._most = 0
+        self._part = "activations"
+        self._total = 0
+        self._most: dict[Moment, int] = {}
         self._storages: dict[int, tuple[weakref.ref[Any], int, str]] = {}
 
     @contextmanager
@@ -53,11 +61,28 @@ class LiveMemory(TorchDispatchMode):
     @contextmanager
     def doing(self, phase: str) -> Iterator[None]:
         """A peak inside is in ``phase``."""
-        before, self._doing = self._doing, phase
+        before, self.moment = self.moment, Moment(phase)
         try:
             yield
         finally:
-            self._doing = before
+            self.moment = before
+
+    def mark(self, place: str) -> None:
+        """From now on a peak is at ``place`` of the phase."""
+        self.moment = self.moment._replace(place=place)
+
+    @property
+    def peak(self) -> Counter[str]:
+        """Bytes at the peak, by part."""
+        return self.peaks.get(self._highest(), Counter())
+
+    @property
+    def phase(self) -> str:
+        """What the step was doing at the peak."""
+        return self._highest().phase
+
+    def _highest(self) -> Moment:
+        return max(self._most, key=lambda moment: self._most[moment], default=self.moment)
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage, unless it is known."""
@@ -100,5 +125,5 @@ class LiveMemory(TorchDispatchMode):
     def _move(self, part: str, size: int) -> None:
         self.live[part] += size
         self._total += size
-        if self._total > self._most:
-            self._most, self.peak, self.phase = self._total, self.live.copy(), self._doing
+        if self._total > self._most.get(self.moment, -1):
+            self._most[self.moment], self.peaks[self.moment] = self._total, self.live.copy()

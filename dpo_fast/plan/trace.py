@@ -1,13 +1,14 @@
 """One training step on fake tensors: the model's own operations, autograd's own saved tensors.
 
 The order is the trainer's: the reference's forward, the policy's forward with the LM head inside,
-the backward with its gradients. Only the head is replaced, by its sizes (``plan.head``).
+the backward with its gradients. Only the head is replaced, by its sizes (``plan.head``). What a
+step without a reference holds follows from the same trace.
 
 Legend: P pairs, S = 2P sequences, T padded length, N scored tokens, H hidden, V vocabulary.
 """
 
 import contextlib
-from collections import Counter
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,20 +21,23 @@ from dpo_fast.functional.autocast import autocast_head, no_autocast
 from dpo_fast.layouts import segment_attention_in
 from dpo_fast.layouts.joined_rows import has_segments
 from dpo_fast.models import Head, forward_scored
+from dpo_fast.plan.depth import Stack, find_stack
 from dpo_fast.plan.fake import FakeModel
 from dpo_fast.plan.flops import count_flops
 from dpo_fast.plan.head import HeadMemory, head_memory, planned_backend
-from dpo_fast.plan.live import LiveMemory
+from dpo_fast.plan.live import LiveMemory, Moment
 from dpo_fast.plan.masks import known_masks
 from dpo_fast.reference.inference import inference_pass
+
+REFERENCE_ROWS = "reference rows"  # its hidden states, which wait for the policy's
 
 
 class Trace(NamedTuple):
     """What a step holds beside weights, reference and optimizer, and what it computes.
 
     Attributes:
-        peak: bytes by part ("gradients", "head", "activations") when their sum is largest.
-        phase: "reference", "forward" or "backward": when that is.
+        moments: bytes by part ("gradients", "head", "activations", "reference rows") when their
+            sum is largest, of each moment of a step in which a model answers as the reference.
         policy_flops: forward, recomputation and backward of the backbone.
         reference_flops: of the reference's backbone.
         head_flops: ``2 N V H``: one product of the head.
@@ -41,13 +45,50 @@ class Trace(NamedTuple):
         tokens: positions that the model computes.
     """
 
-    peak: Mapping[str, int]
-    phase: str
+    moments: Mapping[Moment, Mapping[str, int]]
     policy_flops: int
     reference_flops: int
     head_flops: int
     head_products: int
     tokens: int
+
+    def peak(self, with_reference: bool) -> tuple[dict[str, int], str]:
+        """Bytes by part ("gradients", "head", "activations") at the peak, and what the step does
+        then: "reference", "forward" or "backward".
+
+        Args:
+            with_reference: a model answers as the reference in the step.
+        """
+        best: dict[str, int] = {}
+        phase = ""
+        for moment, held in self.moments.items():
+            if moment.phase == "reference" and not with_reference:
+                continue
+            parts = dict(held)
+            rows = parts.pop(REFERENCE_ROWS, 0)
+            parts["activations"] = parts.get("activations", 0) + rows * with_reference
+            if sum(parts.values()) > sum(best.values()):
+                best, phase = parts, moment.phase
+        return best, phase
+
+    def deeper(self, other: "Trace", times: int) -> "Trace":
+        """From here ``times`` as far as to ``other``, the same step with some more layers."""
+
+        def line(here: int, there: int) -> int:
+            return here + times * (there - here)
+
+        moments = {
+            moment: {
+                part: line(held.get(part, 0), other.moments[moment].get(part, 0))
+                for part in {*held, *other.moments[moment]}
+            }
+            for moment, held in self.moments.items()
+        }
+        return self._replace(
+            moments=moments,
+            policy_flops=line(self.policy_flops, other.policy_flops),
+            reference_flops=line(self.reference_flops, other.reference_flops),
+        )
 
 
 class TraceOptions(NamedTuple):
@@ -63,31 +104,46 @@ def trace_step(
     batch: Mapping[str, Any],
     *,
     checkpointing: bool,
-    with_reference: bool,
     options: TraceOptions,
+    whole: bool = False,
 ) -> Trace:
-    """Run one micro-batch.
+    """Run one micro-batch; of a deep model of like layers, with few of them twice.
 
     Args:
         batch: of a layout's collator, on the CPU.
-        with_reference: a model answers as the reference in the step.
+        whole: all layers, also where fewer would do.
 
     Raises:
         ValueError: the model's class computes something that depends on values (such as a routing
             of tokens), which fake tensors do not have; names the operation.
     """
+    model.set_checkpointing(checkpointing)
+    stack = None if whole else find_stack(model.module)
+    if stack is None:
+        return _trace(model, batch, options, None)
+    traces = []
+    for depth in stack.shallow:
+        with stack.cut(depth):
+            traces.append(_trace(model, batch, options, stack))
+    return traces[0].deeper(traces[1], stack.times())
+
+
+def _trace(
+    model: FakeModel, batch: Mapping[str, Any], options: TraceOptions, stack: Stack | None
+) -> Trace:
     from torch._subclasses.fake_tensor import (
         DataDependentOutputException,
         DynamicOutputShapeException,
         UnsupportedOperatorException,
     )
 
-    model.set_checkpointing(checkpointing)
+    batch = copy.deepcopy(batch)  # segments remember the masks that a trace has made of them
     memory = LiveMemory(count_flops)
     step = _Step(model, memory, options)
+    marks = contextlib.nullcontext() if stack is None else stack.marks(memory)
     try:
-        with _attention(model, batch), model.mode, memory:
-            return step.run(model.batch(batch), with_reference)
+        with _attention(model, batch), model.mode, memory, marks:
+            return step.run(model.batch(batch))
     except (
         DataDependentOutputException,
         DynamicOutputShapeException,
@@ -121,7 +177,7 @@ class _Step:
         self.head_flops = 0
         self.kept: Tensor | None = None  # scratch in the CPU's pool
 
-    def run(self, batch: dict[str, Any], with_reference: bool) -> Trace:
+    def run(self, batch: dict[str, Any]) -> Trace:
         memory, module = self.memory, self.model.module
         for tensor in self.model.tensors():
             memory.ignore(tensor)
@@ -137,10 +193,9 @@ class _Step:
             with memory.part("gradients"):
                 for p in self.model.trained():
                     p.grad = torch.zeros_like(p)
-        hidden = None
-        if with_reference:
-            with memory.doing("reference"):
-                hidden = self._reference(batch)
+        with memory.doing("reference"):
+            hidden = self._reference(batch)
+            memory.rename(hidden, REFERENCE_ROWS)
         reference_flops = memory.flops
         module.train()
         with memory.doing("forward"):
@@ -152,8 +207,7 @@ class _Step:
             handle.remove()
         assert self.head is not None
         return Trace(
-            peak=Counter(memory.peak),
-            phase=memory.phase,
+            moments=memory.peaks,
             policy_flops=memory.flops - reference_flops,
             reference_flops=reference_flops,
             head_flops=self.head_flops,

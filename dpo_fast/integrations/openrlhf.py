@@ -2,11 +2,12 @@
 
 ``Actor.forward`` makes the logits of every token in float32; its DPO, KD and PPO trainers then use
 one log-prob a token. With ``dpo_fast.patch("openrlhf")`` it scores the attended tokens (PPO: the
-actions) and returns zeros elsewhere, which the trainers mask anyway.
+actions) and returns zeros elsewhere, which the trainers mask anyway. With packing_samples the model
+gets the attended tokens as one row without padding, as the original gives them to it.
 
 The original method goes on to do: calls that want the logits or the entropy (its gradient is part
-of PPO's loss), packed samples (they need flash-attn, and hold no padding), images. One log line
-says so.
+of PPO's loss), ring attention (a rank holds a slice of the packed row), images. One log line says
+so.
 
 Known interface: OpenRLHF 0.11.2. Legend: B rows, T padded length, A actions.
 """
@@ -49,8 +50,8 @@ def _method(original: Any, backend: str) -> Any:
             reason = "the call wants the logits"
         elif return_entropy:
             reason = "the call wants the entropy"
-        elif self.packing_samples:
-            reason = "packing_samples=True"
+        elif ring_attn_group is not None:
+            reason = "ring attention (--ds.ring_attn_size) cuts the packed row over ranks"
         elif mm_inputs:
             reason = "the batch has images"
         if reason is not None or attention_mask is None:
@@ -105,20 +106,12 @@ def _log_probs(
         actions = action_mask.shape[1]
         labels[:, :-actions] = IGNORE_INDEX
         labels[:, -actions:].masked_fill_(action_mask == 0, IGNORE_INDEX)
-    positions = attention_mask.long().cumsum(-1) - 1
-    inputs: dict[str, Any] = {"position_ids": positions.masked_fill_(attention_mask == 0, 1)}
-    if getattr(actor, "is_vlm", False):
-        inputs["position_ids"] = None
-    if _asks_for_router(actor.model):
-        inputs["output_router_logits"] = True
     scores = score_rows(
         actor.model,
         labels,
         temperature=actor.temperature,
         backend=backend,
-        input_ids=sequences,
-        attention_mask=attention_mask,
-        **inputs,
+        **_inputs(actor, sequences, attention_mask),
     )
     logps = scores.per_position(scores.tokens.logps)
     if action_mask is not None:
@@ -127,6 +120,31 @@ def _log_probs(
     if scores.aux_loss is not None:
         output["aux_loss"] = scores.aux_loss
     return logps, output
+
+
+def _inputs(actor: Any, sequences: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """What the original hands to the model, padded or packed."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    inputs: dict[str, Any]
+    if actor.packing_samples:
+        attended = attention_mask.bool()
+        inputs = {
+            "input_ids": sequences[attended].unsqueeze(0),
+            "attention_mask": None,
+            "position_ids": positions[attended].unsqueeze(0),
+            "flattened": attended,
+        }
+    else:
+        inputs = {
+            "input_ids": sequences,
+            "attention_mask": attention_mask,
+            "position_ids": positions.masked_fill_(attention_mask == 0, 1),
+        }
+        if getattr(actor, "is_vlm", False):
+            inputs["position_ids"] = None
+    if _asks_for_router(actor.model):
+        inputs["output_router_logits"] = True
+    return inputs
 
 
 def _asks_for_router(model: Any) -> bool:

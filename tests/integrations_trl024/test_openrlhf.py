@@ -15,7 +15,33 @@ from tests.tiny import tiny_model
 classic_trl()
 pytest.importorskip("openrlhf", reason=f"openrlhf is not installed; {NEEDED}")
 
-FLASH = dict.fromkeys(("index_first_axis", "pad_input", "rearrange", "unpad_input"))
+
+def unpad_input(hidden: torch.Tensor, mask: torch.Tensor) -> tuple[Any, ...]:
+    """flash-attn's, which is plain torch in a package that needs a GPU to be installed."""
+    lengths = mask.sum(dim=-1, dtype=torch.int32)
+    indices = mask.flatten().nonzero().flatten()
+    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return hidden.flatten(0, 1)[indices], indices, ends, int(lengths.max()), lengths
+
+
+def pad_input(hidden: torch.Tensor, indices: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """flash-attn's."""
+    out = hidden.new_zeros(batch * length, *hidden.shape[1:])
+    return out.index_copy(0, indices, hidden).unflatten(0, (batch, length))
+
+
+def rearrange(tensor: torch.Tensor, pattern: str) -> torch.Tensor:
+    """einops', for the one pattern that the Actor uses."""
+    assert pattern == "b s ... -> (b s) ..."
+    return tensor.flatten(0, 1)
+
+
+FLASH = {
+    "index_first_axis": lambda tensor, indices: tensor[indices],
+    "pad_input": pad_input,
+    "rearrange": rearrange,
+    "unpad_input": unpad_input,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +58,10 @@ def peer() -> Any:
         yield module
 
 
-def actor(peer: Any, family: str = "llama", **options: Any) -> Any:
+def actor(peer: Any, family: str = "llama", *, packing: bool = False, **options: Any) -> Any:
     made = peer.Actor(tiny_model(family), **options)
-    made.packing_samples = False  # set where it loads the model itself
+    # Both are set where it loads the model itself; with a cache, sdpa sees no borders of samples.
+    made.packing_samples, made.model.config.use_cache = packing, False
     return made
 
 
@@ -74,6 +101,36 @@ def test_log_probs_of_its_dpo_trainer(peer: Any, family: str) -> None:
         torch.testing.assert_close(output.aux_loss, theirs.aux_loss)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_packed_samples(peer: Any, family: str) -> None:
+    """One row without padding for both; and the log-probs of padded rows."""
+    ids, mask = batch()
+    scored = (mask[:, 1:] * mask[:, :-1]).float()
+    weight = scored * torch.linspace(-1, 1, scored.numel()).view_as(scored)
+    call = {"attention_mask": mask, "return_output": True, "return_logprobs": True}
+    made = actor(peer, family, packing=True, temperature=0.8)
+    seen: list[torch.Size] = []
+    made.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(out.shape[:2])
+    )
+    expected, theirs = made(ids, **call)
+    expected_grad = gradient(made, expected, weight)
+    with dpo_fast.patch("openrlhf"):
+        found, output = made(ids, **call)
+        grad = gradient(made, found, weight)
+        actions = made(ids, action_mask=mask[:, -5:], attention_mask=mask)
+    assert seen == [(1, int(mask.sum()))] * 3
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found * scored, expected * scored, rtol=1e-5, atol=2e-5)
+    assert (grad - expected_grad).norm() <= 1e-5 * expected_grad.norm()
+    if family == "qwen3_moe":
+        torch.testing.assert_close(output.aux_loss, theirs.aux_loss)
+    torch.testing.assert_close(actions, made(ids, action_mask=mask[:, -5:], attention_mask=mask))
+    made.packing_samples = False
+    padded = made(ids, **call)[0]
+    torch.testing.assert_close(found * scored, padded * scored, rtol=1e-4, atol=1e-4)
+
+
 def test_log_probs_of_actions(peer: Any) -> None:
     ids, mask = batch()
     actions = mask[:, -5:].clone()
@@ -95,13 +152,16 @@ def test_what_is_left_to_openrlhf(peer: Any, caplog: pytest.LogCaptureFixture) -
     calls: list[dict[str, Any]] = [
         {"return_output": True},
         {"return_output": True, "return_logprobs": True, "return_entropy": True},
+        {"return_logprobs": True, "ring_attn_group": object()},  # without packing: not looked at
     ]
     with caplog.at_level(logging.INFO, logger="dpo_fast"), dpo_fast.patch("openrlhf"):
         logits = made(ids, attention_mask=mask, **calls[0])
         entropy = made(ids, attention_mask=mask, **calls[1])[1].entropy
+        made(ids, attention_mask=mask, **calls[2])
     assert logits["logits"].shape[-1] == 320 and entropy.requires_grad
     assert "openrlhf 0.11.2: the call wants the logits" in caplog.text
     assert "the call wants the entropy" in caplog.text
+    assert "ring attention" in caplog.text
 
 
 def test_patch_and_restore(peer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from dpo_fast.integrations import EmaReferenceCallback
+from tests.sgd import flat
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.parity import config_kwargs, perturbed, rows
 
 ALPHA, EVERY = 0.3, 2
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
 
 
 def trl_run(own: bool, **config: Any) -> tuple[Any, list[float]]:

@@ -11,40 +11,18 @@ from datasets import Dataset
 
 import dpo_fast
 from dpo_fast.integrations.trl import FusedLogProbs
+from tests.sgd import STEPS, run, sgd_arguments
 from tests.tiny import tiny_model, tiny_preferences, tiny_tokenizer
 from tests.trainer.parity import perturbed, rows
 
 trl = pytest.importorskip("trl")
-
-STEPS = 3
-
-
-def arguments(**own: Any) -> dict[str, Any]:
-    return {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": 4,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 3,
-        **own,
-    }
 
 
 def dpo(model: Any, **own: Any) -> Any:
     return trl.DPOTrainer(
         model=model,
         ref_model=perturbed(model),
-        args=trl.DPOConfig(**arguments(max_length=24, **own)),
+        args=trl.DPOConfig(**sgd_arguments(max_length=24, **own)),
         train_dataset=rows(),
         processing_class=tiny_tokenizer(),
     )
@@ -54,7 +32,7 @@ def sft(model: Any) -> Any:
     data = [{"text": row["prompt"] + row["chosen"]} for row in tiny_preferences(16)]
     return trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**arguments(max_length=24)),
+        args=trl.SFTConfig(**sgd_arguments(max_length=24)),
         train_dataset=Dataset.from_list(data),
         processing_class=tiny_tokenizer(),
     )
@@ -69,7 +47,7 @@ def kto(model: Any) -> Any:
     return trl.KTOTrainer(
         model=model,
         ref_model=perturbed(model),
-        args=trl.KTOConfig(**arguments(max_length=24)),
+        args=trl.KTOConfig(**sgd_arguments(max_length=24)),
         train_dataset=Dataset.from_list(data),
         processing_class=tiny_tokenizer(),
     )
@@ -89,7 +67,7 @@ def grpo(model: Any) -> Any:
         model=model,
         reward_funcs=length,
         args=trl.GRPOConfig(
-            **arguments(
+            **sgd_arguments(
                 max_steps=1,
                 num_generations=2,
                 max_completion_length=6,
@@ -107,11 +85,7 @@ def trained(make: Callable[[Any], Any], family: str) -> tuple[list[dict[str, Any
     """What one run logged, and how far it moved every parameter, as one float64 vector."""
     torch.manual_seed(0)
     model = copy.deepcopy(tiny_model(family))
-    before = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    trainer = make(model)
-    trainer.train()
-    after = torch.cat([p.detach().double().flatten() for p in trainer.model.parameters()])
-    return [e for e in trainer.state.log_history if "loss" in e], after - before
+    return run(make(model))
 
 
 CASES = [(dpo, "llama"), (dpo, "gemma2"), (sft, "llama"), (kto, "llama"), (grpo, "llama")]

@@ -12,6 +12,7 @@ import torch
 import dpo_fast
 from dpo_fast.integrations import InterfaceChanged
 from tests.peers import absent
+from tests.sgd import run, sgd_arguments
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.parity import perturbed, rows
 
@@ -31,27 +32,12 @@ def configuration(**own: Any) -> Any:
     from axolotl.core.trainers.dpo.args import AxolotlDPOConfig
 
     fields = {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": 4,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
         "logging_first_step": True,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "seed": 3,
         "beta": 0.2,
         "max_length": 24,
         "remove_unused_columns": False,
     }
-    return AxolotlDPOConfig(**{**fields, **own})
+    return AxolotlDPOConfig(**sgd_arguments(**fields, **own))
 
 
 def train(cls: Any, **own: Any) -> tuple[Any, list[dict[str, Any]], torch.Tensor]:
@@ -66,10 +52,7 @@ def train(cls: Any, **own: Any) -> tuple[Any, list[dict[str, Any]], torch.Tensor
         callbacks=[],
         processing_class=tiny_tokenizer(),
     )
-    before = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    trainer.train()
-    after = torch.cat([p.detach().double().flatten() for p in model.parameters()])
-    return trainer, [e for e in trainer.state.log_history if "loss" in e], after - before
+    return trainer, *run(trainer)
 
 
 @pytest.mark.parametrize("own", [{}, {"gradient_accumulation_steps": 2, "loss_type": ["ipo"]}])

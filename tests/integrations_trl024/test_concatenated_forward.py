@@ -11,7 +11,8 @@ import torch
 import dpo_fast
 from dpo_fast.integrations import InterfaceChanged
 from dpo_fast.integrations.trl_classic import LIGER, MODULE
-from tests.integrations_trl024.support import classic_trl, run, trainer
+from tests.integrations_trl024.support import classic_trl, trainer
+from tests.sgd import run
 
 trl = classic_trl()
 dpo_trainer = __import__(MODULE, fromlist=["DPOTrainer"])
@@ -93,9 +94,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", TRAININGS)
 def test_same_training(case: str) -> None:
-    expected, expected_update = run(**TRAININGS[case])
+    expected, expected_update = run(trainer(**TRAININGS[case]))
     with dpo_fast.patch("trl"):
-        log, update = run(**TRAININGS[case])
+        log, update = run(trainer(**TRAININGS[case]))
     assert len(log) == len(expected) == 3
     for mine, theirs in zip(log, expected, strict=True):
         assert mine.keys() == theirs.keys()
@@ -111,10 +112,10 @@ def test_in_the_place_of_ligers_loss(loss_type: str) -> None:
     assert os.environ["TORCHDYNAMO_DISABLE"] == "1", "Liger would compile for minutes"
     options = {"use_liger_loss": True, "loss_type": loss_type}
     original = getattr(dpo_trainer, LIGER)
-    expected, expected_update = run(**options)
+    expected, expected_update = run(trainer(**options))
     with dpo_fast.patch("trl"):
         assert isinstance(trainer(**options).dpo_loss_fn, dpo_fast.FusedLinearDPOLoss)
-        log, update = run(**options)
+        log, update = run(trainer(**options))
     assert getattr(dpo_trainer, LIGER) is original
     for mine, theirs in zip(log, expected, strict=True):
         for key in (*KEYS, *LOGITS):

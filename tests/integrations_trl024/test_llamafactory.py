@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import tempfile
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ import transformers
 
 import dpo_fast
 from dpo_fast.integrations import InterfaceChanged
-from tests.integrations_trl024.support import NEEDED, classic_trl, parameters
+from tests.integrations_trl024.support import NEEDED, classic_trl
 from tests.peers import absent
+from tests.sgd import run, sgd_arguments
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.parity import perturbed, rows
 
@@ -80,19 +80,7 @@ def trainer(
         model=model,
         ref_model=reference,
         args=transformers.TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=4,
-            max_steps=2,
-            learning_rate=lr,
-            optim="sgd",
-            max_grad_norm=0.0,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            save_strategy="no",
-            remove_unused_columns=False,
-            disable_tqdm=True,
+            **sgd_arguments(max_steps=2, learning_rate=lr, remove_unused_columns=False)
         ),
         finetuning_args=finetuning,
         processor=None,
@@ -100,12 +88,6 @@ def trainer(
         data_collator=collate,
         train_dataset=tokenised(),
     )
-
-
-def run(made: Any) -> tuple[list[dict[str, Any]], torch.Tensor]:
-    before = parameters(made.model)
-    made.train()
-    return [e for e in made.state.log_history if "loss" in e], parameters(made.model) - before
 
 
 CASES: dict[str, dict[str, Any]] = {

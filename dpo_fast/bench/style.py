@@ -97,26 +97,36 @@ def plain(value: float) -> str:
 
 
 def spread_labels(axes: "Axes", points: Mapping[str, tuple[float, float]]) -> None:
-    """A name at the right of each point, moved up or down until it touches no name and no other
-    point.
+    """A name at the right of each point, or at its left, moved up or down until it touches no name
+    and no other point; with a white border, as lines of spread may run below it.
     """
-    height = 12.0  # points of the page that one line needs
+    from matplotlib.patheffects import withStroke
+
+    height, gap = 12.0, 9.0  # points of the page: what one line needs, and from the dot to a name
     figure: Any = axes.figure
     scale = 72.0 / figure.dpi
+    edge = axes.transAxes.transform((0.0, 0.0))[0] * scale
     at = {name: axes.transData.transform(point) * scale for name, point in points.items()}
     taken = [(x - 6, x + 6, y) for x, y in at.values()]
+
+    def free(left: float, right: float, y: float) -> bool:
+        touched = (abs(y - o) < height and left < b and a < right for a, b, o in taken)
+        return left > edge and not any(touched)
+
+    places = [(side, shift) for shift in range(-60, 61, 3) for side in (1, -1)]
+    places.sort(key=lambda place: (abs(place[1]) > height, place[0] < 0, abs(place[1])))
     for name, (x, y) in sorted(at.items(), key=lambda item: item[1][1]):
-        left, right = x + 8, x + 14 + 5.4 * len(name)
-        free = [
-            shift
-            for shift in sorted(range(-60, 61, 3), key=abs)
-            if not any(abs(y + shift - o) < height and left < b and a < right for a, b, o in taken)
-        ]
-        shift = float(free[0]) if free else 0.0
+        width = gap + 5 + 5.4 * len(name)
+        for side, shift in [*places, (1, 0)]:
+            left, right = (x + gap - 1, x + width) if side > 0 else (x - width, x - gap + 1)
+            if free(left, right, y + shift):
+                break
         taken.append((left, right, y + shift))
-        far = abs(shift) > height
         axes.annotate(
-            name, points[name], (9, shift), textcoords="offset points", va="center", ha="left",
-            color=INK, fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6} if far else None,
+            name, points[name], (side * gap, shift), textcoords="offset points", va="center",
+            ha="left" if side > 0 else "right", color=INK, fontsize=9, zorder=5,
+            path_effects=[withStroke(linewidth=3.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.6}
+            if abs(shift) > height
+            else None,
         )  # fmt: skip

@@ -185,7 +185,10 @@ class DPOConfig(TrainingArguments):
         self._use_cpu_without_accelerator()
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        super().__post_init__()
+        with warnings.catch_warnings():
+            # every supported transformers knows this name; 5.23 prefers activation_checkpointing
+            warnings.filterwarnings("ignore", ".*`gradient_checkpointing` is deprecated")
+            super().__post_init__()
         self.validate()
 
     def _use_cpu_without_accelerator(self) -> None:

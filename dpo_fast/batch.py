@@ -26,6 +26,8 @@ SEGMENTS_KEY = "pair_segments"
 # How the rows of a padded batch go through the backbone, other than all at once: the
 # dpo_fast.row_groups.RowGroups or dpo_fast.layouts.joined_rows.JoinedRows.
 GROUPS_KEY = "row_groups"
+# Whether every row is padded on the right (or not at all), known on the host.
+RIGHT_PADDED_KEY = "right_padded"
 # Labels that are shifted already (what each position predicts): context parallel batches.
 SHIFT_KEY = "shift_labels"
 # With them: completion tokens of each whole sequence, S ints; a cut batch knows only its own.
@@ -143,7 +145,7 @@ def shifted_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         )
     labels = torch.full_like(ids, IGNORE_INDEX)
     labels.view(-1)[plan.token_index] = plan.target.to(ids.dtype)
-    dropped = (*PLAN_KEYS, GROUPS_KEY, "completion_mask", "labels")
+    dropped = (*PLAN_KEYS, GROUPS_KEY, RIGHT_PADDED_KEY, "completion_mask", "labels")
     kept = {key: value for key, value in batch.items() if key not in dropped}
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
     return {
@@ -196,9 +198,9 @@ class PlannedCollator:
             :func:`dpo_fast.layouts.joined_rows.join_rows`.
 
     Calling it returns a dict with ``pair_index`` (``[P]``, 0..P-1), the collator's own keys, the
-    keys of :func:`plan_tokens`, and those of ``COUNT_KEYS``. ``pair_index`` comes first because
-    transformers takes the first tensor's first dimension as the batch size: evaluation losses are
-    thus weighted by pairs.
+    keys of :func:`plan_tokens`, those of ``COUNT_KEYS`` and ``right_padded``. ``pair_index`` comes
+    first because transformers takes the first tensor's first dimension as the batch size:
+    evaluation losses are thus weighted by pairs.
 
     Raises:
         ValueError: when called, if the collator's batch lacks the keys, naming those seen.
@@ -222,6 +224,8 @@ class PlannedCollator:
         size = completion_mask.numel()
         attended = int(kept["attention_mask"].sum()) if "attention_mask" in kept else size
         executed = size
+        if "attention_mask" in kept:
+            kept[RIGHT_PADDED_KEY] = is_right_padded(kept["attention_mask"])
         if self.plan_rows is not None and "attention_mask" in kept:
             groups = self.plan_rows(kept["attention_mask"])
             if groups is not None:
@@ -231,6 +235,12 @@ class PlannedCollator:
 
     def __repr__(self) -> str:
         return f"PlannedCollator({self.collator!r})"
+
+
+def is_right_padded(attention_mask: Tensor) -> bool:
+    """Whether nothing of ``attention_mask`` [B, T] is attended after a position that is not."""
+    attended = attention_mask != 0
+    return torch.equal(attended, attended.cummin(dim=1).values)
 
 
 @dataclass(frozen=True, eq=False)

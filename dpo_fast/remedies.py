@@ -52,6 +52,7 @@ class StepSetup:
         accumulation: gradient_accumulation_steps; batch_size: per device.
         token_budget: max_tokens_per_batch.
         on_cuda: device kind; ranks: that hold the same, unsharded.
+        offloadable: bytes of the reference that ``ref_offload`` would keep in host memory.
     """
 
     weights: int
@@ -68,6 +69,7 @@ class StepSetup:
     token_budget: int | None
     on_cuda: bool
     ranks: int
+    offloadable: int = 0
 
 
 class Remedy(NamedTuple):
@@ -161,6 +163,12 @@ def _all_remedies(config: Any, batch: MicroBatch, setup: StepSetup) -> Iterator[
             f"lm_head_workspace={SMALL_WORKSPACE}",
             saved(workspace=SMALL_WORKSPACE),
             "some speed of the LM head",
+        )
+    if setup.offloadable and setup.on_cuda:
+        yield Remedy(
+            "ref_offload=True",
+            setup.offloadable,
+            "the reference's layers cross the bus in every micro-batch, while it computes",
         )
     if batch.pairs > 1:
         yield Remedy(_smaller(batch, setup), saved(_half(batch)), "some speed; the same steps")

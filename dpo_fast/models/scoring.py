@@ -21,6 +21,7 @@ from dpo_fast.batch import (
     COUNT_KEYS,
     GROUPS_KEY,
     PLAN_KEYS,
+    RIGHT_PADDED_KEY,
     SEGMENTS_KEY,
     SHIFT_KEY,
     WHOLE_LENS_KEY,
@@ -28,6 +29,7 @@ from dpo_fast.batch import (
 )
 from dpo_fast.models.head import Head, base_causal_lm, head_of
 from dpo_fast.models.head_call import in_head_forward
+from dpo_fast.models.right_padded import causal_without_mask
 from dpo_fast.models.tensor_parallel import local_head, whole_hidden
 
 _ORIGINAL = "_dpo_fast_original_forward"
@@ -36,6 +38,7 @@ NON_MODEL_KEYS = (
     *PLAN_KEYS,
     *COUNT_KEYS,
     GROUPS_KEY,
+    RIGHT_PADDED_KEY,
     "completion_mask",
     "labels",
     SHIFT_KEY,
@@ -140,7 +143,8 @@ def forward_scored(
         # With `device_map` the backbone may end on another device than the head.
         return fn(plan.gather(hidden_states).to(head.weight.device), head)
 
-    return model(**inputs, scoring=scoring)
+    with causal_without_mask(batch.get(RIGHT_PADDED_KEY, False)):
+        return model(**inputs, scoring=scoring)
 
 
 def _last_hidden_state(model: nn.Module) -> Callable[..., Tensor]:

@@ -1,8 +1,9 @@
 """Attention masks of padded rows that have no values.
 
-transformers looks into a mask: rows without padding need none, and their attention is causal by a
-flag, which keeps less. Fake tensors cannot be looked into, but what they stand for is known: the
-mask that transformers would make is handed to the backbone, which passes a 4-D mask on as it is.
+Rows that are padded on the right need none (:mod:`dpo_fast.models.right_padded`), and their
+attention is causal by a flag, which keeps less. Of others transformers looks into the mask. Fake
+tensors cannot be looked into, but what they stand for is known: the mask that transformers would
+make is handed to the backbone, which passes a 4-D mask on as it is.
 
 Legend: B rows of a pass through the backbone, T their length.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_fast.batch import GROUPS_KEY
+from dpo_fast.batch import GROUPS_KEY, RIGHT_PADDED_KEY
 from dpo_fast.models import base_causal_lm
 from dpo_fast.plan.fake import FakeModel
 
@@ -44,7 +45,8 @@ def known_masks(model: FakeModel, batch: Mapping[str, Any]) -> Iterator[None]:
     stands for.
     """
     lm: Any = base_causal_lm(model.module)
-    full = _full_passes(batch)
+    full, right_padded = _full_passes(batch), batch.get(RIGHT_PADDED_KEY, False)
+    window = getattr(lm.config.get_text_config(), "sliding_window", None)
     before = lm.config._attn_implementation
     eager = before == "eager"
 
@@ -56,7 +58,7 @@ def known_masks(model: FakeModel, batch: Mapping[str, Any]) -> Iterator[None]:
         if eager:  # adds a mask to the scores, also without padding
             dtype = model.setting.weight_dtype
             made = torch.zeros(rows, 1, width, width, dtype=dtype)
-        elif full.get((rows, width), False):
+        elif full.get((rows, width), False) or (right_padded and (not window or width < window)):
             made = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         else:
             made = torch.ones(rows, 1, width, width, dtype=torch.bool)

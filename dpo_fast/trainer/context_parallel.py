@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_fast.batch import IGNORE_INDEX, SHIFT_KEY, shifted_batch
+from dpo_fast.batch import IGNORE_INDEX, SHIFT_KEY, is_right_padded, shifted_batch
 
 
 class ContextParallelMixin:
@@ -81,7 +81,7 @@ def cuttable(batch: dict[str, Any], ranks: int, pad_token_id: int) -> dict[str, 
         ValueError: rows are packed, or padded on the left.
     """
     mask = batch.get("attention_mask")
-    if mask is not None and not torch.equal(mask != 0, (mask != 0).cummin(dim=1).values):
+    if mask is not None and not is_right_padded(mask):
         raise ValueError(
             "cp_size > 1: the batch has rows that are padded on the left, and cut rows are "
             "attended causally without a mask: use a collator that pads on the right, as "

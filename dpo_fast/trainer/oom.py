@@ -9,6 +9,7 @@ from dpo_fast.backends import LinearHead
 from dpo_fast.backends import choose as choose_backend
 from dpo_fast.models import base_causal_lm, head_of
 from dpo_fast.out_of_memory import OutOfMemory, is_out_of_memory
+from dpo_fast.reference.layer_stream import decoder_layers
 from dpo_fast.remedies import MicroBatch, StepSetup, explain
 from dpo_fast.trainer.setup import head_dtype
 
@@ -74,6 +75,7 @@ class OutOfMemoryMixin:
             token_budget=args.max_tokens_per_batch,
             on_cuda=args.device.type == "cuda",
             ranks=1 if sharded else ranks,
+            offloadable=0 if args.ref_offload else _offloadable(self.reference, shards),
         )
 
 
@@ -90,6 +92,19 @@ def shape_of(batch: Mapping[str, Any]) -> MicroBatch:
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
     """Of whole parameters, also where DeepSpeed keeps only a part of each here."""
     return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in parameters)
+
+
+def _offloadable(reference: Any, shards: int) -> int:
+    """What ``ref_offload`` would take off the device: all shards, or all layers but two."""
+    if getattr(reference, "name", "") != "frozen":
+        return 0
+    if shards > 1:
+        return _bytes(reference.module.parameters()) // shards
+    try:
+        layers = [_bytes(layer.parameters()) for layer in decoder_layers(reference.module)]
+    except ValueError:  # too few to stream
+        return 0
+    return sum(layers) - 2 * max(layers)
 
 
 def _default_workspace(args: Any, model: nn.Module) -> int:

@@ -157,3 +157,21 @@ def test_activations_against_what_autograd_saves(family: str) -> None:
     measured = (sizes[1] - sizes[0]) / 2
     estimated = 256 * layer_bytes(model.config, 4)
     assert 0.67 < estimated / measured < 1.5, (estimated, measured)
+
+
+def test_a_frozen_reference_may_wait_on_the_host() -> None:
+    assert names(offloadable=12 * GIB)[:3] == ["batch_layout", "reference", "ref_offload"]
+    assert "ref_offload" not in names(offloadable=12 * GIB, on_cuda=False) + names()
+
+
+def test_what_would_wait_is_all_layers_but_two() -> None:
+    from dpo_fast.reference.frozen import FrozenReference
+    from dpo_fast.trainer.oom import _offloadable
+
+    reference = FrozenReference.copy_of(tiny_model("llama", num_hidden_layers=5))
+    layer = sum(p.nbytes for p in reference.model.model.layers[0].parameters())
+    assert _offloadable(reference, 1) == 3 * layer
+    whole = sum(p.nbytes for p in reference.model.parameters())
+    assert _offloadable(reference, 4) == whole // 4  # sharded: every shard
+    assert _offloadable(FrozenReference.copy_of(tiny_model("llama")), 1) == 0
+    assert _offloadable(None, 1) == 0

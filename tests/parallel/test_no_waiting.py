@@ -55,8 +55,7 @@ def test_a_micro_batch_runs_without_values(options, stats, monkeypatch):
     objective = Objective(args, build_objective_loss(args))
     models = [tiny_model("llama").train().to("meta") for _ in range(2)]
     for model in models:
-        # transformers' mask for SDPA asks once a forward whether a 2-D mask is all ones
-        model.set_attn_implementation("eager")
+        assert model.config._attn_implementation == "sdpa"
         install_scoring(model)
     batch = {
         key: value.to("meta") if isinstance(value, torch.Tensor) else value

@@ -70,9 +70,8 @@ def test_an_offloaded_reference_gives_the_same_bits() -> None:
             assert kept[key] == streamed[key], key
 
 
-@pytest.mark.parametrize("layout", ["packed", "shared_prefix"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_host_sync_in_a_micro_batch(layout: str, tmp_path: Path) -> None:
-    """Padded rows have one that is not ours: transformers asks the device for its SDPA mask."""
     trained = run("frozen", layout, tmp_path, use_cpu=False, bf16=True, logging_steps=100).trainer
     batch = trained._prepare_inputs(trained.data_collator(list(trained.train_dataset)[:4]))
     counts = trained._get_num_items_in_batch([batch], trained.args.device)

@@ -171,6 +171,21 @@ def _draw(axes: "Axes", curves: Sequence[Series], name: str, level: float | None
         )
     if name == "accuracy":
         axes.set_ylim(-0.02, 1.02)
+    _range_of_steps(axes, curves)
+
+
+def _range_of_steps(axes: "Axes", curves: Sequence[Series]) -> None:
+    """Whole steps around a single one; words where nothing was logged, as in runs that are shorter
+    than ``logging_steps``.
+    """
+    steps = {step for curve in curves for step in curve.steps}
+    if len(steps) == 1:
+        axes.set_xlim(min(steps) - 1, max(steps) + 1)
+    if not steps:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        words = "no finite value was logged (see logging_steps)"
+        axes.text(0.5, 0.5, words, transform=axes.transAxes, color=FAINT, ha="center", va="center")
 
 
 def _draw_train(axes: "Axes", curve: Series) -> None:

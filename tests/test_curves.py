@@ -94,6 +94,15 @@ def test_many_points_are_smoothed_over_the_raw_ones(
     assert max(abs(y - 0.5) for y in smooth.get_ydata()[-10:]) < 0.1
 
 
+def test_a_run_shorter_than_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its one log, of the end, has no loss: words instead of an empty scale, and a whole step."""
+    history = [{"train_loss": 0.69, "rewards/margins": 0.1, "rewards/accuracies": 0.5, "step": 4}]
+    loss, margin, _ = drawn(monkeypatch, tmp_path, history).axes
+    assert "logging_steps" in loss.texts[0].get_text()
+    assert not loss.get_xticks().size and not loss.get_yticks().size
+    assert margin.get_xlim() == (3.0, 5.0) and not margin.texts
+
+
 @pytest.mark.parametrize("size", [1, 5, 40, 1000])
 def test_smoothing_keeps_a_constant(size: int) -> None:
     assert smoothed([3.0] * size) == pytest.approx([3.0] * size)

@@ -69,6 +69,7 @@ def test_stretched_is_whole(family: str, way: tuple[Any, ...], accumulates: bool
         max_length=None,
         truncation_mode="keep_start",
         on_accelerator=device == "cuda",
+        joins_rows=False,
     )
     options = TraceOptions(device, accumulates)
     found, expected = (
@@ -130,6 +131,7 @@ def test_the_references_rows_count_only_with_a_reference() -> None:
         max_length=None,
         truncation_mode="keep_start",
         on_accelerator=True,
+        joins_rows=False,
     )
     trace = trace_step(model, batch, checkpointing=False, options=TraceOptions("cuda"))
     # 4 answers of 40 tokens, H = 32, bf16 or float32

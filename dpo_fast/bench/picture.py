@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Result = Mapping[str, Any]
+Places = dict[str, tuple[float, float]]
 
 LABELS = {
     "N": "N, scored tokens",
@@ -46,18 +47,26 @@ def draw(result: Result) -> bytes:
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)  # type: ignore[union-attr, call-arg]
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    named: list[tuple[Any, Places]] = []
     for panel, name in zip(grid, clouds, strict=False):
-        kind = cloud if uses_memory(cases[name]) else bars
-        kind(panel, name, cases[name])
+        if uses_memory(cases[name]):
+            named.append((panel, cloud(panel, name, cases[name])))
+        else:
+            bars(panel, name, cases[name])
     rest = grid[len(clouds) :]
     if exact is not None:
-        accuracy(rest.pop(0), exact, cases[exact])
+        panel = rest.pop(0)
+        named.append((panel, accuracy(panel, exact, cases[exact])))
     for panel, axis in zip(rest, axes, strict=False):
         growth(panel, axis, cases)
     for panel in grid[panels:]:
         panel.set_visible(False)
     _title(figure, result)
     _legend(figure, result, per_line=2 * columns)
+    figure.draw_without_rendering()  # panels get their size: names keep apart at that size
+    figure.set_layout_engine("none")
+    for panel, places in named:
+        spread_labels(panel, places)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     return image.getvalue()
@@ -74,8 +83,8 @@ def main_cases(result: Result) -> list[str]:
     return found or list(cases)[-1:]
 
 
-def cloud(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:
-    """Time against peak memory, both logarithmic: down and left is better."""
+def cloud(axes: "Axes", name: str, case: Mapping[str, Any]) -> Places:
+    """Time against peak memory, both logarithmic: down and left is better. Returns the points."""
     rows = {n: r for n, r in case["rows"].items() if "seconds" in r}
     points = {n: (r["seconds"] * 1e3, max(r.get("peak_mib") or 1.0, 1.0)) for n, r in rows.items()}
     for variant, (x, y) in points.items():
@@ -90,11 +99,11 @@ def cloud(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:
     if limit:
         axes.axvline(limit * 1e3, color=INK, linewidth=1.1, linestyle=DASHES)
     _room(axes, points, limit)
-    spread_labels(axes, points)
     engineering(axes.xaxis)
     engineering(axes.yaxis)
     axes.set_xlabel("ms a step (down and left is better)", color=INK)
     axes.set_ylabel("peak memory of a step, MiB", color=INK)
+    return points
 
 
 def uses_memory(case: Mapping[str, Any]) -> bool:
@@ -168,8 +177,8 @@ def _exponents(found: Mapping[str, Points]) -> str:
     return "\n".join(textwrap.wrap("exponents: " + ", ".join(steep), 78)) if steep else ""
 
 
-def accuracy(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:
-    """Time against the first error, both logarithmic."""
+def accuracy(axes: "Axes", name: str, case: Mapping[str, Any]) -> Places:
+    """Time against the first error, both logarithmic. Returns the points."""
     rows = {n: r for n, r in case["rows"].items() if "seconds" in r}
     kind = next(iter(next(iter(rows.values()))["errors"]))
     points = {
@@ -183,10 +192,10 @@ def accuracy(axes: "Axes", name: str, case: Mapping[str, Any]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _room(axes, points, None)
-    spread_labels(axes, points)
     engineering(axes.xaxis)
     axes.set_xlabel("ms a step (down and left is better)", color=INK)
     axes.set_ylabel(f"error of {kind} against float64{UNITS.get(kind, '')}", color=INK)
+    return points
 
 
 def most_telling(result: Result, names: list[str]) -> str | None:
@@ -206,9 +215,10 @@ def _title(figure: Any, result: Result) -> None:
     where = machine.get("gpu") or f"{machine['threads']} threads of {machine['cpu']}"
     facts = f"{where}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
     quick = ", quick run" if result["quick"] else ""
-    figure.suptitle(
-        f"{result['suite']}: {result['about']}\n{facts}{quick}", color=INK, fontsize=12.5
-    )
+    width = int(figure.get_figwidth() * 72 / 7.2)  # a letter of this size takes 7.2 points
+    lines = textwrap.wrap(f"{result['suite']}: {result['about']}", width)
+    lines += textwrap.wrap(f"{facts}{quick}", width)
+    figure.suptitle("\n".join(lines), color=INK, fontsize=12.5)
 
 
 def _legend(figure: Any, result: Result, per_line: int) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FLOORS = {
     "torch": "2.11",
     "triton": "3.6",
-    "transformers": "5.16",
+    "transformers": "5.17",
     "peft": "0.18",
     "datasets": "4.7",
     "accelerate": "1.10",

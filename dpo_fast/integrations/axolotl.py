@@ -50,6 +50,8 @@ class FastAxolotlDPOTrainer(TrlInterface, _BeforeAxolotl, BelowTrl):  # type: ig
         InterfaceChanged: TRL's trainer has hooks that are not known, with the version.
     """
 
+    # Axolotl pins this release; what Axolotl trains here was tested on it
+    transformers_floor = "5.16"
     # fields of dpo_fast.DPOConfig, on top of what the YAML says
     options: ClassVar[dict[str, Any]] = {}
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 import transformers
@@ -90,9 +90,10 @@ class Trainer(
 
     Raises:
         ValueError, TypeError: a wrong argument or combination, with the remedy, before any work.
-        ImportError: transformers is older than 5.16.
+        ImportError: transformers is older than ``transformers_floor``.
     """
 
+    transformers_floor: ClassVar[str] = "5.17"
     _tag_names = ("trl", "dpo", "dpo_fast")
     objective: Objective
 
@@ -112,7 +113,7 @@ class Trainer(
         peft_config: "PeftConfig | None" = None,
         **removed: Any,
     ) -> None:
-        setup.require_transformers()
+        setup.require_transformers(self.transformers_floor)
         _refuse_unknown(removed)
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
         self.check_train_dataset(train_dataset, args)

@@ -25,6 +25,7 @@ from dpo_fast.layouts import (
 from dpo_fast.layouts.choose import why_not_joined
 from dpo_fast.layouts.joined_rows import join_rows
 from dpo_fast.layouts.lengths import PairLengths
+from dpo_fast.models.attention_softcap import warn_if_softcap_is_left_out
 from dpo_fast.row_groups import group_rows
 from dpo_fast.trainer.counts import BatchCounts, local_counts, on_device
 
@@ -71,6 +72,9 @@ class LayoutsMixin:
             and self._why_padded(data_collator) is None
             and why_not_joined(self.model, ref_model) is None
         )
+        if not self.layout.is_packed and not self._joins_rows:
+            for model in filter(None, (self.model, ref_model)):
+                warn_if_softcap_is_left_out(model)
         if data_collator is not None:
             self.batch_collator = PlannedCollator(data_collator, plan_rows=self._row_planner())
         else:

@@ -263,8 +263,8 @@ def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:
     return float(coef) if has_router else 0.0
 
 
-def require_transformers() -> None:
-    """The trainer needs hooks of transformers 5.16; the ops work below.
+def require_transformers(floor: str) -> None:
+    """A trainer needs the hooks of its ``transformers_floor``; the ops work below.
 
     Raises:
         ImportError: with the version found and the remedy.
@@ -272,10 +272,9 @@ def require_transformers() -> None:
     import transformers
     from packaging.version import Version
 
-    if Version(transformers.__version__) < Version("5.16.0"):
+    if Version(transformers.__version__) < Version(floor):
         raise ImportError(
-            f"dpo_fast.Trainer needs transformers >= 5.16, found {transformers.__version__}: pip "
-            "install -U "
-            "'transformers>=5.16'. dpo_fast.functional, losses and integrations work with 4.56 and "
-            "later."
+            f"dpo_fast.Trainer needs transformers >= {floor}, found {transformers.__version__}: "
+            f"pip install -U 'transformers>={floor}'. dpo_fast.functional, losses and integrations "
+            "work with 4.56 and later."
         )

@@ -45,6 +45,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 REFERENCE_FILE = "reference.json"
 _STAGING, _REPLACED = ".staging-", ".replaced-"
+CONVERTED = ".converted-"  # what another engine reads of a checkpoint while it resumes
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _WRITE_ERRORS = {
     errno.ENOSPC,
@@ -290,7 +291,9 @@ def clean_stages(output_dir: StrPath) -> list[Path]:
         if not final.exists():
             os.rename(replaced, final)
             sync_folder(run)
-    for rest in (*run.glob(f"{_STAGING}checkpoint-*"), *run.glob(f"{_REPLACED}checkpoint-*")):
+    for rest in (
+        p for kind in (_STAGING, _REPLACED, CONVERTED) for p in run.glob(f"{kind}checkpoint-*")
+    ):
         shutil.rmtree(rest, ignore_errors=True)
         removed.append(rest)
     return removed

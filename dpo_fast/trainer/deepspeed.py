@@ -3,13 +3,10 @@
 Imported only where accelerate has set DeepSpeed up.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-from dpo_fast.checkpoint import CheckpointError
 
 _OFFLOAD = "offload_param"
 
@@ -72,35 +69,6 @@ def reference_config(accelerator: Any, args: Any, dtype: torch.dtype) -> dict[st
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
     }
-
-
-def refuse_other_world_size(checkpoint: str, accelerator: Any) -> None:
-    """DeepSpeed's optimizer states can be read by as many ranks as wrote them.
-
-    Raises:
-        CheckpointError: another number of ranks wrote ``checkpoint``, and the run's config does not
-            say ``load_universal``.
-    """
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    if config.get("checkpoint", {}).get("load_universal", False):
-        return
-    saved = saved_ranks(checkpoint)
-    if saved and saved != accelerator.num_processes:
-        raise CheckpointError(
-            f"{checkpoint} was written by {saved} ranks of DeepSpeed and this run has "
-            f"{accelerator.num_processes}: DeepSpeed cuts optimizer states by rank and cannot cut "
-            f"them anew. Resume on {saved} ranks; or convert it (python -m deepspeed.checkpoint."
-            'ds_to_universal) and set "checkpoint": {"load_universal": true}; or start from its '
-            "weights (zero_to_fp32.py in its folder) as a new run. FSDP2 resumes on any number."
-        )
-
-
-def saved_ranks(checkpoint: str) -> int:
-    """How many ranks wrote ``checkpoint``; 0 where DeepSpeed left no optimizer states."""
-    latest = Path(checkpoint) / "latest"
-    if not latest.is_file():
-        return 0
-    return len(list((Path(checkpoint) / latest.read_text().strip()).glob("*_optim_states.pt")))
 
 
 @torch.no_grad()

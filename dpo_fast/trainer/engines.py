@@ -125,16 +125,27 @@ class EnginesMixin:
 
         Raises:
             RuntimeError: such a model has parameters with fewer rows than there are ranks.
-            CheckpointError: another number of DeepSpeed's ranks wrote the checkpoint.
+            CheckpointError: another number of DeepSpeed's ranks wrote the checkpoint, and it could
+                not be converted.
         """
-        if resume_from_checkpoint is not None and self.engine in ("zero2", "zero3"):
-            from dpo_fast.trainer.deepspeed import refuse_other_world_size
-
-            refuse_other_world_size(resume_from_checkpoint, self.accelerator)
         if self.engine == "fsdp2" and is_unit(self.model):
             refuse_alike_shards(self.model, self.accelerator.num_processes)
             reshard_all(self.model)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        if resume_from_checkpoint is None or self.engine not in ("zero2", "zero3"):
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        from dpo_fast.trainer.zero_checkpoint import readable_checkpoint
+
+        where = self.args.output_dir
+        with readable_checkpoint(resume_from_checkpoint, self.accelerator, where) as path:
+            return super().train(path, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in transformers, which has just had DeepSpeed read its part of the checkpoint."""
+        if checkpoint is not None and self.engine in ("zero2", "zero3"):
+            from dpo_fast.trainer.zero_checkpoint import after_reading
+
+            after_reading(self.model_wrapped, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers; under FSDP2 with sharded checkpoints the model is written, too, when

@@ -12,7 +12,9 @@ SAVED, STEPS = 3, 6
 
 def main(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     """``spec``: engine, ranks, cells, folder, resume (from the copies that ``save`` left)."""
-    overrides = {**use(spec["engine"]), "save_strategy": "steps", "save_steps": SAVED}
+    saving = {"save_strategy": "steps", "save_steps": SAVED}
+    # weights that decay and norms that do not: two groups of the optimizer
+    overrides = {**use(spec["engine"]), **saving, "weight_decay": 0.1}
     results = {}
     for strategy, layout in spec["cells"]:
         reset()

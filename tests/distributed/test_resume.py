@@ -53,13 +53,22 @@ def test_fsdp2(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not has_deepspeed(), reason="deepspeed: not installed (make test does)")
-def test_zero3(tmp_path: Path) -> None:
-    """On as many ranks; DeepSpeed itself can do no other, which is said before it tries."""
-    cells = [("ema", "packed")]
-    whole = run("zero3", 2, tmp_path, resume=False, cells=cells)
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_zero(tmp_path: Path, engine: str) -> None:
+    """DeepSpeed cuts its states by rank; for another number they are converted and cut anew."""
+    whole = run(engine, 2, tmp_path, resume=False)
     saved = tmp_path / "ema" / "run" / "checkpoint-3"
-    assert len(list(saved.glob("reference-*-of-00002.safetensors"))) == 2
-    assert_same(run("zero3", 2, tmp_path, resume=True, cells=cells), whole, 0.0)
-    refusal = r"written by 2 ranks of DeepSpeed and this run has 1: .*Resume on 2 ranks; or convert"
-    with pytest.raises(AssertionError, match=refusal):
-        run("zero3", 1, tmp_path, resume=True, cells=cells)
+    shards = len(list(saved.glob("reference-*-of-00002.safetensors")))
+    assert shards == (2 if engine == "zero3" else 0)
+    assert_same(run(engine, 2, tmp_path, resume=True), whole, 0.0)
+    before = sorted(path.relative_to(saved) for path in saved.rglob("*"))
+    assert_same(run(engine, 1, tmp_path, resume=True), whole, 1e-4)
+    assert sorted(path.relative_to(saved) for path in saved.rglob("*")) == before
+    assert not list((tmp_path / "ema" / "resumed1").glob(".converted-*"))
+
+
+@pytest.mark.skipif(not has_deepspeed(), reason="deepspeed: not installed (make test does)")
+def test_zero3_on_more_ranks(tmp_path: Path) -> None:
+    cells = [("adapter", "packed"), ("ema", "shared_prefix")]
+    whole = run("zero3", 1, tmp_path, resume=False, cells=cells)
+    assert_same(run("zero3", 2, tmp_path, resume=True, cells=cells), whole, 1e-4)

@@ -3,8 +3,8 @@ computing other positions of its rows.
 
 accelerate cuts tensors along their positions; a plan of scored tokens cannot be cut so. A batch is
 given to it with ``shift_labels`` in the plan's place, and each rank plans the positions that it
-got. Sums over sequences are then reduced over the group. Evaluation is not cut: every rank of a
-group computes whole rows.
+got. Sums over sequences are then reduced over the group. Evaluation is cut likewise, but for
+``compute_metrics``, whose logits are of whole rows.
 
 Legend: P pairs, T padded length, R ranks of a group.
 """

@@ -232,6 +232,11 @@ class Trainer(
         """Ranks that see the same pairs: those of a tensor, context or sequence parallel group."""
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
+    @property
+    def data_ranks(self) -> int:
+        """Ranks, or groups of ranks, that see pairs of their own."""
+        return self.accelerator.num_processes // self.ranks_per_pair
+
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Any]], device: torch.device
     ) -> BatchCounts | None:
@@ -259,14 +264,16 @@ class Trainer(
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss of a batch; with ``compute_metrics`` also its logits ``[2P, T, V]`` and
-        ``input_ids``.
+        ``input_ids``, for which rows stay whole under context parallelism.
         """
         inputs = self._prepare_inputs(inputs)
         self._eval_pairs = len(inputs["seq_lens"]) // 2
+        if prediction_loss_only:
+            context, inputs = self._prepare_context_parallel_inputs(model, inputs)
+            with torch.no_grad(), context(), self.compute_loss_context_manager():
+                return self.compute_loss(model, inputs), None, None
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-            if prediction_loss_only:
-                return loss, None, None
             self._warn_logits()
             model_inputs = {k: v for k, v in inputs.items() if k not in NON_MODEL_KEYS}
             logits = model(**model_inputs, use_cache=False).logits
@@ -284,12 +291,22 @@ class Trainer(
         # pair. The base class repeats a batch's loss as often as a whole batch has pairs, and only
         # cuts the last one where it knows the length: not of a stream.
         pairs = self._eval_pairs
-        if tensor.dim() == 1 and self.accelerator.num_processes == 1:
-            return self.accelerator.gather_for_metrics(tensor[:pairs])
+        if tensor.dim() == 1 and self.data_ranks == 1:
+            return self._gather_once(tensor[:pairs])
         if tensor.dim() < 2 or tensor.shape[0] != 2 * pairs:
-            return self.accelerator.gather_for_metrics(tensor)
+            return self._gather_once(tensor)
         by_pair = tensor.unflatten(0, (2, pairs)).transpose(0, 1).contiguous()
-        return self.accelerator.gather_for_metrics(by_pair).transpose(0, 1).flatten(0, 1)
+        return self._gather_once(by_pair).transpose(0, 1).flatten(0, 1)
+
+    def _gather_once(self, tensor: Tensor) -> Tensor:
+        # of ranks that see the same pairs, which are neighbours, gather_for_metrics would take all
+        if self.ranks_per_pair == 1:
+            return self.accelerator.gather_for_metrics(tensor)
+        alike = self.accelerator.gather(tensor).unflatten(0, (-1, self.ranks_per_pair, len(tensor)))
+        once, ending = alike[:, 0].flatten(0, 1), self.accelerator.gradient_state
+        return (
+            once[: ending.remainder] if ending.end_of_dataloader and ending.remainder > 0 else once
+        )
 
     def _warn_logits(self) -> None:
         if not self._warned_logits:

@@ -17,7 +17,7 @@ from dpo_fast.functional.segments import sum_over_ranks
 from dpo_fast.losses import PairStats, PreferenceLoss
 from dpo_fast.models import Head, forward_scored
 from dpo_fast.reference import Reference
-from dpo_fast.trainer.counts import BatchCounts
+from dpo_fast.trainer.counts import BatchCounts, on_device
 
 TOKEN_OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
@@ -70,7 +70,7 @@ class Objective:
         """
         group = sequence_group if SHIFT_KEY in batch else None
         plan = TokenPlan.from_batch(batch)
-        counts = counts or BatchCounts(plan.num_pairs, plan.num_chosen_tokens)
+        counts = counts or _own_counts(plan, group, batch[SHIFT_KEY].device if group else None)
         ref_kwargs = self._reference(reference, batch, group)
 
         def score(hidden: Tensor, head: Head) -> FusedDPOOutput:
@@ -141,3 +141,11 @@ class Objective:
             **head.kwargs(),
             **ref_kwargs,
         )
+
+
+def _own_counts(plan: TokenPlan, group: Any, device: torch.device | None) -> BatchCounts:
+    """Of a batch that is all there is; of cut rows each rank of ``group`` knows its own tokens."""
+    if device is None:
+        return BatchCounts(plan.num_pairs, plan.num_chosen_tokens)
+    tokens = on_device([plan.num_chosen_tokens], device)
+    return BatchCounts(plan.num_pairs, sum_over_ranks(tokens, group).squeeze(0))

@@ -32,7 +32,9 @@ def test_no_room(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(zero_checkpoint, "convert", full)
     run = accelerator()
-    rule = r"written by 2 ranks .* has 1, .*No space left on device.*resume on 2 ranks, or make room"
+    rule = (
+        r"written by 2 ranks .* has 1, .*No space left on device.*resume on 2 ranks, or make room"
+    )
     with (
         pytest.raises(CheckpointError, match=rule),
         zero_checkpoint.readable_checkpoint(str(saved), run, str(saved.parent)),

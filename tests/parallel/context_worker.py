@@ -35,18 +35,22 @@ def make(name: str, **more: Any) -> Any:
         arguments.get("ref_model"),
         dpo_fast.DPOConfig(**config, ref_cache_dir=tempfile.mkdtemp()),
         train_dataset=rows(),
+        eval_dataset=rows(7, seed=1),
         processing_class=tiny_tokenizer(),
         **arguments.get("trainer_kwargs", {}),
     )
 
 
 def trained(trainer: Any) -> dict[str, Any]:
-    """Parameters before and after, and the log."""
+    """Parameters before and after, the log, and an evaluation of other rows, a ragged last batch
+    among them.
+    """
     from tests.distributed.cells import log_of, whole
 
     before = whole(trainer.model)
     trainer.train()
-    return {"before": before, "after": whole(trainer.model), "log": log_of(trainer)}
+    found = {"before": before, "after": whole(trainer.model), "log": log_of(trainer)}
+    return {**found, "eval": trainer.evaluate()}
 
 
 def context_cells(rank: int) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_two_ranks_train_as_one_process(ranks: list[Any], name: str) -> None:
+def test_two_ranks_train_and_evaluate_as_one_process(ranks: list[Any], name: str) -> None:
     one = trained(make(name))
     for found in (rank[name] for rank in ranks):
         assert len(found["log"]) == len(one["log"]) == 3
@@ -32,6 +32,11 @@ def test_two_ranks_train_as_one_process(ranks: list[Any], name: str) -> None:
                 assert ours[key] == pytest.approx(right[key], rel=1e-5, abs=2e-6), key
         runs = (Run(r["before"], r["after"], r["log"], None) for r in (found, one))
         assert relative_update_error(*runs) < 1e-4
+        for key in ("eval_loss", *(f"eval_{key}" for key in METRICS if key != "grad_norm")):
+            if key in one["eval"]:
+                assert found["eval"][key] == pytest.approx(one["eval"][key], rel=1e-5, abs=2e-6), (
+                    key
+                )
         # each rank had half of the positions
         assert max(found["widths"]) <= 12 and all(width % 2 == 0 for width in found["widths"])
 

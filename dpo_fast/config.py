@@ -15,10 +15,12 @@ logger = logging.getLogger("dpo_fast")
 # Names that TRL had and removed -> what to write instead.
 REMOVED_FIELDS = {
     "max_prompt_length": "max_length (prompt and answer; truncation_mode says which end is kept)",
+    "max_target_length": "max_length (prompt and answer together)",
     "max_completion_length": "max_length (prompt and answer together)",
     "rpo_alpha": 'loss_type=["sigmoid", "sft"] with loss_weights=[1.0, alpha]',
     "reference_free": 'a reference-free loss_type such as "simpo", "cpo" or "orpo"',
     "label_pad_token_id": "nothing: labels are derived from the completion mask",
+    "padding_value": "the tokenizer's pad token: processing_class.pad_token = ...",
     "generate_during_eval": "a TrainerCallback that calls model.generate",
     "model_adapter_name": 'reference="adapter": the active adapter is trained, whatever its name',
     "ref_adapter_name": 'reference="adapter": a frozen copy of the active adapter is kept',

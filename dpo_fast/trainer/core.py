@@ -1,6 +1,7 @@
 """dpo_fast.Trainer: a transformers.Trainer whose step scores preference pairs without logits."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dpo_fast.backends import choose as choose_backend
 from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
-from dpo_fast.config import DPOConfig, refuse_removed
+from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
 from dpo_fast.heap import freed_memory_kept, return_freed_memory
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
@@ -44,16 +45,9 @@ SIGNATURE_COLUMNS = (
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
+# Arguments of TRL's and transformers' trainers that never were fields of DPOConfig.
 REMOVED_ARGUMENTS = {
     "tokenizer": "processing_class=<tokenizer>",
-    "beta": "DPOConfig(beta=...)",
-    "max_length": "DPOConfig(max_length=...)",
-    "max_prompt_length": "DPOConfig(max_length=...)",
-    "loss_type": "DPOConfig(loss_type=...)",
-    "label_smoothing": "DPOConfig(label_smoothing=...)",
-    "precompute_ref_log_probs": "DPOConfig(precompute_ref_log_probs=...)",
-    "model_init_kwargs": "DPOConfig(model_init_kwargs=...)",
-    "ref_model_init_kwargs": "ref_model=<a loaded model>",
     "model_init": "model=<a model or its name>",
     "preprocess_logits_for_metrics": "compute_metrics, which gets the logits",
 }
@@ -310,6 +304,13 @@ class Trainer(
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
     refuse_removed(arguments, REMOVED_ARGUMENTS, "Trainer")
+    refuse_removed(arguments, REMOVED_FIELDS, "Trainer (as DPOConfig)")
+    for f in dataclasses.fields(DPOConfig):
+        if f.name in arguments:
+            raise TypeError(
+                f"Trainer takes no {f.name!r}, which is a field of its args: write "
+                f"args=DPOConfig({f.name}=...)."
+            )
     if arguments:
         raise TypeError(f"Trainer got unexpected arguments: {', '.join(sorted(arguments))}.")
 

@@ -30,11 +30,25 @@ def make(model: Any = None, **kwargs: Any) -> Any:
         ("max_prompt_length", 10, "max_length"),
         ("rpo_alpha", 1.0, "sft"),
         ("reference_free", True, "simpo"),
+        ("padding_value", 0, "pad_token"),
+        ("label_pad_token_id", -100, "completion mask"),
+        ("is_encoder_decoder", True, "not supported"),
+        ("force_use_ref_model", True, "always used"),
     ],
 )
-def test_removed_config_fields(name: str, value: Any, hint: str) -> None:
-    with pytest.raises(TypeError, match=hint):
+def test_removed_fields_as_config_field_or_trainer_argument(
+    name: str, value: Any, hint: str
+) -> None:
+    with pytest.raises(TypeError, match=f"DPOConfig has no '{name}'.*{hint}"):
         dpo_fast.DPOConfig("out", **{name: value})
+    with pytest.raises(TypeError, match=f"Trainer .* has no '{name}'.*{hint}"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["beta", "dataset_num_proc", "max_length", "learning_rate"])
+def test_config_fields_as_trainer_arguments(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"field of its args.*DPOConfig\({name}=\.\.\.\)"):
+        make(**{name: 1})
 
 
 def test_removed_and_unknown_trainer_arguments() -> None:

@@ -15,6 +15,7 @@ from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
 from dpo_fast.heap import freed_memory_kept, return_freed_memory
+from dpo_fast.models.given import check_model
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
@@ -109,6 +110,9 @@ class Trainer(
     ) -> None:
         setup.require_transformers(self.transformers_floor)
         _refuse_unknown(removed)
+        check_model(model, "model")
+        if ref_model is not None:
+            check_model(ref_model, "ref_model")
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
         self.check_train_dataset(train_dataset, args)
         if isinstance(ref_model, nn.Module) and ref_model is model:

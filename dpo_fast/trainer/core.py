@@ -293,7 +293,7 @@ class Trainer(
         if not self._warned_logits:
             self._warned_logits = True
             logger.warning(
-                "compute_metrics needs logits: each evaluation batch takes one more forward, with "
+                "compute_metrics and predict need logits: each batch takes one more forward, with "
                 "[2P, T, V] in memory."
             )
 

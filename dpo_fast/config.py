@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger("dpo_fast")
 
-# Names that TRL had and removed -> what to write instead.
+# Names that TRL had and removed, or that its other trainers have -> what to write instead.
 REMOVED_FIELDS = {
     "max_prompt_length": "max_length (prompt and answer; truncation_mode says which end is kept)",
     "max_target_length": "max_length (prompt and answer together)",
@@ -31,6 +31,7 @@ REMOVED_FIELDS = {
     "use_liger_loss": "nothing: the LM head is always fused",
     "base_model_attribute_name": "nothing: the backbone is model.base_model",
     "tools": "a `tools` column in the dataset",
+    "chat_template_kwargs": "a `chat_template_kwargs` column in the dataset",
     "is_encoder_decoder": "nothing: encoder-decoder models are not supported",
 }
 
@@ -300,10 +301,10 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def refuse_removed(kwargs: dict[str, Any], table: dict[str, str], where: str) -> None:
-    """Raise a TypeError that names the replacement if ``kwargs`` holds a name that was removed."""
+    """Raise a TypeError that names the replacement if ``kwargs`` holds a name of ``table``."""
     for name in kwargs:
         if name in table:
-            raise TypeError(f"{where} has no {name!r} (removed): use {table[name]}.")
+            raise TypeError(f"{where} has no {name!r}: use {table[name]}.")
 
 
 def _refusing_removed(init: Callable[..., None]) -> Callable[..., None]:

@@ -32,6 +32,7 @@ def make(model: Any = None, **kwargs: Any) -> Any:
         ("reference_free", True, "simpo"),
         ("padding_value", 0, "pad_token"),
         ("label_pad_token_id", -100, "completion mask"),
+        ("chat_template_kwargs", {"persona": "x"}, "column in the dataset"),
         ("is_encoder_decoder", True, "not supported"),
         ("force_use_ref_model", True, "always used"),
     ],

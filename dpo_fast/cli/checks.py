@@ -80,6 +80,7 @@ def check_objective(model: ModelArguments, data: DataArguments, args: DPOConfig)
             peft="new" if model.use_peft else "continued" if goes_on else "no",
             streamed="train" if data.streaming else None,
             needs_reference=loss.needs_reference,
+            offload=args.ref_offload,
         )
     )
 

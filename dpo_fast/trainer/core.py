@@ -114,6 +114,7 @@ class Trainer(
         if ref_model is not None:
             check_model(ref_model, "ref_model")
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
+        setup.refuse_device(args.device)
         self.check_train_dataset(train_dataset, args)
         if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError(

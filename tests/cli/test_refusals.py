@@ -36,6 +36,7 @@ def cases(material: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "loss": ({"loss_type": "magic"}, "magic"),
         "two references": ({"reference": "ema", "precompute_ref_log_probs": True}, "two ref"),
         "adapter without PEFT": ({"reference": "adapter"}, "needs an adapter"),
+        "offloaded adapter": ({"use_peft": True, "ref_offload": True}, "Drop ref_offload"),
         "output folder": ({"output_dir": material / "train.jsonl" / "out"}, "cannot be written"),
     }
 

@@ -118,6 +118,54 @@ def test_models() -> None:
         make(quantization_config=object())
 
 
+def test_quantization_config_reaches_the_loader(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader alone is replaced: quantised weights need bitsandbytes' CUDA kernels."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    loaded = []
+
+    def load(name: str, **kwargs: Any) -> Any:
+        loaded.append((name, kwargs))
+        return tiny_model("llama")
+
+    policy, reference = (save_tiny(tmp_path / name) for name in ("policy", "reference"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    make(
+        policy,
+        ref_model=reference,
+        quantization_config=config,
+        peft_config=lora_config(),
+        config={"model_init_kwargs": {"dtype": "bfloat16"}},
+    )
+    (first, first_kwargs), (second, second_kwargs) = loaded
+    assert (first, second) == (policy, reference)
+    assert first_kwargs["quantization_config"] is config
+    assert first_kwargs["dtype"] is second_kwargs["dtype"] is torch.bfloat16
+    assert "quantization_config" not in second_kwargs  # the reference keeps its own precision
+    with pytest.raises(ValueError, match="given to the trainer and in model_init_kwargs"):
+        make(
+            policy,
+            quantization_config=config,
+            config={"model_init_kwargs": {"quantization_config": config}},
+        )
+
+
+def test_several_gpus_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_fast.DPOConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        make()
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = property(lambda self: torch.device("mps"))
+    monkeypatch.setattr(dpo_fast.DPOConfig, "device", device)
+    with pytest.raises(ValueError, match=r"'mps'.*no float64.*use_cpu=True"):
+        make()
+
+
 def test_peft_model_and_config() -> None:
     from peft import get_peft_model
 

@@ -51,7 +51,9 @@ def _option(default: Any, text: str) -> Any:
 class DPOConfig(TrainingArguments):
     """Arguments of :class:`dpo_fast.Trainer`: every field of ``transformers.TrainingArguments``,
     TRL 1.16's ``DPOConfig`` under the same names and defaults, and, last, those of dpo_fast. A
-    ``trl.DPOConfig`` is accepted in its place (:meth:`from_args`).
+    ``trl.DPOConfig`` is accepted in its place (:meth:`from_args`). One default is not TRL's:
+    ``logging_nan_inf_filter`` is off, since a loss that is NaN ends the run instead of being hidden
+    in the log, and since hiding it takes a host sync in every micro-batch.
 
     Raises:
         ValueError: an invalid value or combination, at construction, with the remedy.

@@ -14,6 +14,7 @@ from dpo_fast.backends import choose as choose_backend
 from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
+from dpo_fast.functional.segments import refuse_without_float64
 from dpo_fast.heap import freed_memory_kept, return_freed_memory
 from dpo_fast.models.given import check_model
 from dpo_fast.models.scoring import NON_MODEL_KEYS
@@ -114,7 +115,7 @@ class Trainer(
         if ref_model is not None:
             check_model(ref_model, "ref_model")
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
-        setup.refuse_device(args.device)
+        refuse_without_float64(args.device)
         self.check_train_dataset(train_dataset, args)
         if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError(

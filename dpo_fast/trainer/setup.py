@@ -283,19 +283,6 @@ def moe_loss_weight(model: nn.Module, args: DPOConfig) -> float:
     return float(coef) if has_router else 0.0
 
 
-def refuse_device(device: torch.device) -> None:
-    """Sums over tokens are taken in float64, which Apple's GPUs do not have.
-
-    Raises:
-        ValueError: ``device`` is one of them.
-    """
-    if device.type == "mps":
-        raise ValueError(
-            "The device is 'mps' (Apple's Metal), which has no float64, and dpo_fast sums the "
-            "log-probs of a sequence in float64: train on the CPU with use_cpu=True, or on CUDA."
-        )
-
-
 def require_transformers(floor: str) -> None:
     """A trainer needs the hooks of its ``transformers_floor``; the ops work below.
 

@@ -31,7 +31,7 @@ def check_model(model: Any, what: str) -> None:
         what: how the message calls it, e.g. ``"ref_model"``.
 
     Raises:
-        TypeError: neither a string nor a model of transformers or PEFT.
+        TypeError: neither a string nor a model of transformers or PEFT, or a wrapped one.
         ValueError: a path without a model; an encoder-decoder, or a model without an LM head.
     """
     if isinstance(model, str):
@@ -41,6 +41,11 @@ def check_model(model: Any, what: str) -> None:
         raise TypeError(
             f"{what} must be a folder or a hub name (str), or a causal LM of transformers, PEFT's "
             f"wrappers included; got {type(model).__name__}.{hint}"
+        )
+    if isinstance(getattr(model, "module", None), nn.Module):
+        raise TypeError(
+            f"{what} is wrapped in {type(model).__name__}: give the model inside ({what}.module); "
+            "accelerate wraps it for several devices, one process each."
         )
     lm = base_causal_lm(model)
     if not hasattr(lm, "config") or not hasattr(lm, "get_output_embeddings"):

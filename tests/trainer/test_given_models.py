@@ -55,8 +55,9 @@ def test_encoder_decoders(role: str, tmp_path: Path) -> None:
         ({}, TypeError, r"hub name \(str\), or a causal LM.*got dict"),
         (Path("folder"), TypeError, r"got PosixPath.*str\(path\)"),
         (tiny_model("llama").model, ValueError, "LlamaModel has no output embeddings"),
+        (nn.DataParallel(tiny_model("llama")), TypeError, r"in DataParallel.*model\.module"),
     ],
-    ids=["module", "dict", "path", "backbone"],
+    ids=["module", "dict", "path", "backbone", "wrapped"],
 )
 def test_objects(role: str, given: Any, error: type[Exception], message: str) -> None:
     refused(error, message, **{role: given})

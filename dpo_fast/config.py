@@ -12,13 +12,15 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger("dpo_fast")
 
-# Names that TRL had and removed -> what to write instead.
+# Names that TRL had and removed, or that its other trainers have -> what to write instead.
 REMOVED_FIELDS = {
     "max_prompt_length": "max_length (prompt and answer; truncation_mode says which end is kept)",
+    "max_target_length": "max_length (prompt and answer together)",
     "max_completion_length": "max_length (prompt and answer together)",
     "rpo_alpha": 'loss_type=["sigmoid", "sft"] with loss_weights=[1.0, alpha]',
     "reference_free": 'a reference-free loss_type such as "simpo", "cpo" or "orpo"',
     "label_pad_token_id": "nothing: labels are derived from the completion mask",
+    "padding_value": "the tokenizer's pad token: processing_class.pad_token = ...",
     "generate_during_eval": "a TrainerCallback that calls model.generate",
     "model_adapter_name": 'reference="adapter": the active adapter is trained, whatever its name',
     "ref_adapter_name": 'reference="adapter": a frozen copy of the active adapter is kept',
@@ -29,6 +31,7 @@ REMOVED_FIELDS = {
     "use_liger_loss": "nothing: the LM head is always fused",
     "base_model_attribute_name": "nothing: the backbone is model.base_model",
     "tools": "a `tools` column in the dataset",
+    "chat_template_kwargs": "a `chat_template_kwargs` column in the dataset",
     "is_encoder_decoder": "nothing: encoder-decoder models are not supported",
 }
 
@@ -48,7 +51,9 @@ def _option(default: Any, text: str) -> Any:
 class DPOConfig(TrainingArguments):
     """Arguments of :class:`dpo_fast.Trainer`: every field of ``transformers.TrainingArguments``,
     TRL 1.16's ``DPOConfig`` under the same names and defaults, and, last, those of dpo_fast. A
-    ``trl.DPOConfig`` is accepted in its place (:meth:`from_args`).
+    ``trl.DPOConfig`` is accepted in its place (:meth:`from_args`). One default is not TRL's:
+    ``logging_nan_inf_filter`` is off, since a loss that is NaN ends the run instead of being hidden
+    in the log, and since hiding it takes a host sync in every micro-batch.
 
     Raises:
         ValueError: an invalid value or combination, at construction, with the remedy.
@@ -298,10 +303,10 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def refuse_removed(kwargs: dict[str, Any], table: dict[str, str], where: str) -> None:
-    """Raise a TypeError that names the replacement if ``kwargs`` holds a name that was removed."""
+    """Raise a TypeError that names the replacement if ``kwargs`` holds a name of ``table``."""
     for name in kwargs:
         if name in table:
-            raise TypeError(f"{where} has no {name!r} (removed): use {table[name]}.")
+            raise TypeError(f"{where} has no {name!r}: use {table[name]}.")
 
 
 def _refusing_removed(init: Callable[..., None]) -> Callable[..., None]:

@@ -65,8 +65,7 @@ def micro_batch_sums(
     token_counts: Sequence[int],
     aux_loss: Tensor | None = None,
 ) -> MicroBatchSums:
-    """Sums and counts of one micro-batch, float64 (float32 where the device has no float64). No
-    host sync.
+    """Sums and counts of one micro-batch, float64. No host sync.
 
     Args:
         output: what :func:`dpo_fast.functional.fused_linear_dpo` returned.
@@ -79,7 +78,7 @@ def micro_batch_sums(
     chosen_logps, rejected_logps = output.logps[:num_pairs], output.logps[num_pairs:]
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     device = output.logps.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = torch.float64
     zero = torch.zeros((), dtype=dtype, device=device)
     values: dict[str, Tensor] = {
         "rewards/chosen": chosen.sum(),

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_fast.cli.arguments import ModelArguments
-from dpo_fast.cli.checks import check_before_loading, is_adapter
+from dpo_fast.cli.checks import check_before_loading
 from dpo_fast.cli.data import load_data
 from dpo_fast.cli.errors import UsageError
 from dpo_fast.cli.parser import Arguments
-from dpo_fast.cli.policy import load_arguments, local_name, model_arguments
+from dpo_fast.cli.policy import load_arguments, model_arguments
 from dpo_fast.config import DPOConfig
+from dpo_fast.models.given import check_config, is_adapter
 
 if TYPE_CHECKING:
     from dpo_fast.trainer import Trainer
@@ -56,10 +57,7 @@ def check_configs(model: ModelArguments, args: DPOConfig) -> None:
     Raises:
         UsageError: one cannot be had, or is not understood.
     """
-    from transformers import AutoConfig
-
-    kwargs = load_arguments(model, args)
-    own = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+    kwargs = {"trust_remote_code": args.trust_remote_code, **load_arguments(model, args)}
     for name, revision, flag in (
         (model.model_name_or_path, kwargs.get("revision", "main"), "--model_name_or_path"),
         (model.ref_model_name_or_path, model.ref_model_revision, "--ref_model_name_or_path"),
@@ -67,11 +65,6 @@ def check_configs(model: ModelArguments, args: DPOConfig) -> None:
         if name is None or is_adapter(name):
             continue
         try:
-            AutoConfig.from_pretrained(
-                local_name(name),
-                revision=revision,
-                trust_remote_code=args.trust_remote_code,
-                **own,
-            )
+            check_config(name, flag, **{**kwargs, "revision": revision})
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(f"{flag}: {name!r} cannot be loaded: {error}") from error

@@ -7,8 +7,8 @@ from dpo_fast.cli.arguments import DataArguments, ModelArguments
 from dpo_fast.cli.errors import UsageError
 from dpo_fast.config import DPOConfig
 from dpo_fast.files import probe_writable
-
-_MODEL_FILES = ("config.json", "adapter_config.json")
+from dpo_fast.hub_names import looks_like_path
+from dpo_fast.models.given import check_model_name, is_adapter
 
 
 def check_before_loading(model: ModelArguments, data: DataArguments, args: DPOConfig) -> None:
@@ -49,34 +49,15 @@ def check_data(data: DataArguments) -> None:
 
 
 def check_model(name: str, flag: str) -> None:
-    """A folder must hold a model; what is no folder must look like a hub name.
+    """As the trainer checks its ``model``.
 
     Raises:
-        UsageError: neither.
+        UsageError: neither a folder with a model nor a hub name.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not any((path / file).is_file() for file in _MODEL_FILES):
-            checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
-            hint = f" Did you mean {path / checkpoints[-1]}?" if checkpoints else ""
-            files = " or ".join(_MODEL_FILES)
-            raise UsageError(f"{flag}: the folder {name!r} holds no model (no {files}).{hint}")
-    elif path.exists():
-        raise UsageError(f"{flag}: {name!r} is a file; give the folder that save_pretrained wrote.")
-    elif looks_like_path(name):
-        raise UsageError(f"{flag}: there is no folder {name!r}.")
-
-
-def looks_like_path(name: str) -> bool:
-    """Hub names are ``name`` or ``owner/name``; everything else is meant as a path."""
-    is_relative_or_home = name.startswith((".", "/", "~", "\\"))
-    return is_relative_or_home or name.count("/") > 1 or name.endswith("/")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a folder holds an adapter to go on training, not a whole model."""
-    folder = Path(name).expanduser()
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    try:
+        check_model_name(name, flag)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_objective(model: ModelArguments, data: DataArguments, args: DPOConfig) -> None:
@@ -99,6 +80,7 @@ def check_objective(model: ModelArguments, data: DataArguments, args: DPOConfig)
             peft="new" if model.use_peft else "continued" if goes_on else "no",
             streamed="train" if data.streaming else None,
             needs_reference=loss.needs_reference,
+            offload=args.ref_offload,
         )
     )
 

@@ -4,13 +4,14 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_fast.cli.checks import check_model, looks_like_path
+from dpo_fast.cli.checks import check_model
 from dpo_fast.cli.errors import UsageError
 from dpo_fast.cli.logs import show_logs
 from dpo_fast.cli.tables import print_table
+from dpo_fast.hub_names import local_name
+from dpo_fast.models.given import refuse_encoder_decoder
 
 if TYPE_CHECKING:
     from dpo_fast.plan import Batches, Cell, Device, Run
@@ -141,26 +142,25 @@ def read_config(options: Any) -> Any:
     """The model's config; no weight is read.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none. ValueError: of an encoder-decoder.
     """
     from transformers import AutoConfig
 
-    if looks_like_path(options.model) or Path(options.model).exists():
-        check_model(options.model, "MODEL")
+    check_model(options.model, "MODEL")
     extra = {}
     if options.attn_implementation is not None:
         extra["attn_implementation"] = options.attn_implementation
     try:
-        return AutoConfig.from_pretrained(
-            str(Path(options.model).expanduser())
-            if Path(options.model).exists()
-            else options.model,
+        config = AutoConfig.from_pretrained(
+            local_name(options.model),
             revision=options.model_revision,
             trust_remote_code=options.trust_remote_code,
             **extra,
         )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"the config of {options.model!r} cannot be read: {error}") from error
+    refuse_encoder_decoder(config, repr(options.model))
+    return config
 
 
 def lora_config(options: Any) -> Any:

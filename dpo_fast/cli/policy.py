@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.cli.arguments import ModelArguments
-from dpo_fast.cli.checks import is_adapter
 from dpo_fast.cli.errors import UsageError
 from dpo_fast.config import DPOConfig
+from dpo_fast.hub_names import local_name
+from dpo_fast.models.given import is_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -42,12 +43,6 @@ def model_arguments(model: ModelArguments, args: DPOConfig) -> dict[str, Any]:
         "ref_model": reference_model(model, args, kwargs),
         "peft_config": lora_config(model),
     }
-
-
-def local_name(name: str) -> str:
-    """``name`` with ``~`` spelled out if that is a folder; hub names as they are."""
-    folder = Path(name).expanduser()
-    return str(folder) if folder.exists() else name
 
 
 def load_arguments(model: ModelArguments, args: DPOConfig) -> dict[str, Any]:

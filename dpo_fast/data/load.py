@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dpo_fast.hub_names import looks_like_path
+
 # Suffix of a data file -> the builder of datasets that reads it, and its arguments.
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
@@ -89,8 +91,4 @@ def _load_saved(folder: Path, split: str | None, streaming: bool) -> Any:
 
 def _looks_like_path(source: str, path: Path) -> bool:
     """Hub names are ``name`` or ``owner/name``, without a data file's suffix."""
-    return (
-        source.startswith((".", "/", "~", "\\"))
-        or source.count("/") > 1
-        or path.suffix.lower() in (*_BUILDERS, *_COMPRESSIONS)
-    )
+    return looks_like_path(source) or path.suffix.lower() in (*_BUILDERS, *_COMPRESSIONS)

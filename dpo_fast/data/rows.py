@@ -15,6 +15,17 @@ from typing import Any, NamedTuple
 
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_MEDIA_COLUMNS = (
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "pixel_values",
+    "pixel_values_videos",
+)
+_MEDIA = frozenset({"image", "images", "video", "videos", "audio", "audios"})
 # Arguments of apply_chat_template that the library sets itself.
 _OWN_TEMPLATE_ARGUMENTS = ("conversation", "add_generation_prompt", "tokenize", "return_dict")
 _ACCEPTED = (
@@ -43,14 +54,14 @@ def detect_format(columns: Collection[str], row: Mapping[str, Any]) -> RowFormat
     """The form of a dataset, from its columns and its first row.
 
     Raises:
-        ValueError: a column is missing, or there are image columns.
+        ValueError: a column is missing, or there are columns of images, videos or audio.
         TypeError: ``prompt``, ``chosen`` and ``rejected`` are not all strings or all message lists.
     """
-    images = [name for name in ("image", "images") if name in columns]
-    if images:
+    media = [name for name in _MEDIA_COLUMNS if name in columns]
+    if media:
         raise ValueError(
-            f"the dataset has the column {images[0]!r}: vision preference data is not supported "
-            f"yet. To train on its text alone, drop it: dataset.remove_columns({images!r})"
+            f"the dataset has the column {media[0]!r}: vision, video and audio preference data are "
+            f"not supported. To train on its text alone, drop it: dataset.remove_columns({media!r})"
         )
     tokenised = all(name in columns for name in ID_COLUMNS)
     has_text = "chosen" in columns and "rejected" in columns
@@ -83,7 +94,7 @@ def check_row(row: Mapping[str, Any], conversational: bool, index: int) -> None:
 
     Raises:
         TypeError: a value is not a string (standard) or not a list of messages (conversational).
-        ValueError: a conversational prompt is empty, or a message holds an image.
+        ValueError: a conversational prompt is empty, or a message holds an image, a video or audio.
     """
     for name, value in row.items():
         if not conversational:
@@ -94,10 +105,11 @@ def check_row(row: Mapping[str, Any], conversational: bool, index: int) -> None:
             isinstance(message, Mapping) and "role" in message for message in value
         ):
             raise TypeError(_wrong_type(name, value, index, "a list of messages with a 'role'"))
-        if any(_has_image(message) for message in value):
+        medium = next(filter(None, map(_medium, value)), None)
+        if medium is not None:
             raise ValueError(
-                f"row {index}: {name} holds an image: vision preference data is not supported yet; "
-                "keep the rows whose messages hold only text"
+                f"row {index}: {name} holds {medium}: vision, video and audio preference data are "
+                "not supported; keep the rows whose messages hold only text"
             )
     if conversational and row.get("prompt") == []:
         raise ValueError(
@@ -120,11 +132,28 @@ def _wrong_type(name: str, value: Any, index: int, expected: str) -> str:
     return message
 
 
-def _has_image(message: Mapping[str, Any]) -> bool:
+def _medium(message: Mapping[str, Any]) -> str | None:
+    """What of a message is no text, or None: a block of that type (``image``, ``image_url``,
+    ``input_audio`` ...), or a field of that name. Arrow adds the fields of other blocks, empty.
+    """
     content = message.get("content")
-    return isinstance(content, list) and any(
-        isinstance(block, Mapping) and block.get("type") == "image" for block in content
+    blocks = (
+        [block for block in content if isinstance(block, Mapping)]
+        if isinstance(content, list)
+        else []
     )
+    for part in (message, *blocks):
+        kind = part.get("type")
+        if isinstance(kind, str) and _names_medium(kind):
+            return f"a block of type {kind!r}"
+        for field, value in part.items():
+            if value is not None and value != [] and _names_medium(field):
+                return f"the field {field!r}"
+    return None
+
+
+def _names_medium(name: str) -> bool:
+    return not _MEDIA.isdisjoint(name.split("_"))
 
 
 def split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:

@@ -19,7 +19,11 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Summed in float64 in a fixed order, rounded once, deterministic; differentiable. An empty
     sequence gives 0. On CUDA one program of the Triton kernel takes one sequence.
+
+    Raises:
+        ValueError: the device has no float64.
     """
+    refuse_without_float64(values.device)
     if cu_seqlens.numel() < 2:
         return values.new_zeros(0)
     device = values.device.type
@@ -32,6 +36,20 @@ def segment_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         values.double(), "sum", offsets=cu_seqlens, unsafe=True, initial=0.0
     )
     return sums.to(values.dtype)
+
+
+def refuse_without_float64(device: torch.device) -> None:
+    """Sums over tokens are taken in float64, which Apple's GPUs do not have.
+
+    Raises:
+        ValueError: ``device`` is one of them.
+    """
+    if device.type == "mps":
+        raise ValueError(
+            "The device is 'mps' (Apple's Metal), which has no float64, and dpo_fast sums the "
+            "log-probs of a sequence in float64: work on the CPU (use_cpu=True for trainers), or "
+            "on CUDA."
+        )
 
 
 def has_kernel(device_type: str) -> bool:

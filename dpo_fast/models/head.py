@@ -78,6 +78,18 @@ def head_of(model: nn.Module) -> Head:
         expressed.
     """
     model = base_causal_lm(model)
+    layer = output_layer(model)
+    softcap, scale = logit_transform(model.config.get_text_config())
+    weight, bias, lora = head_parameters(layer)
+    return Head(weight, bias, softcap, scale, lora)
+
+
+def output_layer(model: "PreTrainedModel") -> nn.Module:
+    """The module that makes the logits.
+
+    Raises:
+        ValueError: the model has no output embeddings.
+    """
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(
@@ -85,9 +97,7 @@ def head_of(model: nn.Module) -> Head:
             "so there is no LM head "
             "to score with. Use a causal LM such as AutoModelForCausalLM loads."
         )
-    softcap, scale = logit_transform(model.config.get_text_config())
-    weight, bias, lora = head_parameters(layer)
-    return Head(weight, bias, softcap, scale, lora)
+    return layer
 
 
 def logit_transform(config: "PretrainedConfig") -> tuple[float | None, float]:

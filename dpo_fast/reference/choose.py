@@ -28,6 +28,7 @@ class Situation:
         streamed: name of a dataset whose rows cannot be counted, or None.
         needs_reference: whether the loss does.
         trained: whether any parameter of the policy requires a gradient.
+        offload: ``args.ref_offload``.
     """
 
     asked: str = "auto"
@@ -38,6 +39,7 @@ class Situation:
     streamed: str | None = None
     needs_reference: bool = True
     trained: bool = True
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def choose_reference(
     peft: Peft = "no"
     if is_peft_model(model):
         peft = "new" if adapter_is_new else "continued"
-    plan = decide(
+    return decide(
         Situation(
             asked=args.reference,
             precompute_flag=args.precompute_ref_log_probs,
@@ -100,14 +102,9 @@ def choose_reference(
             streamed=_streamed(train_dataset, "train") or _streamed(eval_dataset, "eval"),
             needs_reference=needs_reference,
             trained=any(p.requires_grad for p in model.parameters()),
+            offload=getattr(args, "ref_offload", False),
         )
     )
-    if getattr(args, "ref_offload", False) and plan.name != "frozen":
-        raise ValueError(
-            "ref_offload=True keeps the layers of a frozen second model in host memory, and this "
-            f"run's {plan.line()} Drop ref_offload, or set reference='frozen'."
-        )
-    return plan
 
 
 def decide(situation: Situation) -> ReferencePlan:
@@ -118,7 +115,13 @@ def decide(situation: Situation) -> ReferencePlan:
     )
     if check is not None:
         check(situation)
-    return ReferencePlan(name, reason, situation)
+    plan = ReferencePlan(name, reason, situation)
+    if situation.offload and name != "frozen":
+        raise ValueError(
+            "ref_offload=True keeps the layers of a frozen second model in host memory, and this "
+            f"run's {plan.line()} Drop ref_offload, or set reference='frozen'."
+        )
+    return plan
 
 
 def _named(s: Situation) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """dpo_fast.Trainer: a transformers.Trainer whose step scores preference pairs without logits."""
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from dpo_fast.backends import choose as choose_backend
 from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
-from dpo_fast.config import DPOConfig, refuse_removed
+from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
+from dpo_fast.functional.segments import refuse_without_float64
 from dpo_fast.heap import freed_memory_kept, return_freed_memory
+from dpo_fast.models.given import check_model
 from dpo_fast.models.scoring import NON_MODEL_KEYS
 from dpo_fast.reference import choose_reference
 from dpo_fast.reference.checks import vocabulary_sizes
@@ -44,16 +47,9 @@ SIGNATURE_COLUMNS = (
     "ref_chosen_logps",
     "ref_rejected_logps",
 )
+# Arguments of TRL's and transformers' trainers that never were fields of DPOConfig.
 REMOVED_ARGUMENTS = {
     "tokenizer": "processing_class=<tokenizer>",
-    "beta": "DPOConfig(beta=...)",
-    "max_length": "DPOConfig(max_length=...)",
-    "max_prompt_length": "DPOConfig(max_length=...)",
-    "loss_type": "DPOConfig(loss_type=...)",
-    "label_smoothing": "DPOConfig(label_smoothing=...)",
-    "precompute_ref_log_probs": "DPOConfig(precompute_ref_log_probs=...)",
-    "model_init_kwargs": "DPOConfig(model_init_kwargs=...)",
-    "ref_model_init_kwargs": "ref_model=<a loaded model>",
     "model_init": "model=<a model or its name>",
     "preprocess_logits_for_metrics": "compute_metrics, which gets the logits",
 }
@@ -115,7 +111,11 @@ class Trainer(
     ) -> None:
         setup.require_transformers(self.transformers_floor)
         _refuse_unknown(removed)
+        check_model(model, "model")
+        if ref_model is not None:
+            check_model(ref_model, "ref_model")
         args = DPOConfig.from_args(args or DPOConfig(f"{_short_name(model)}-DPO"))
+        refuse_without_float64(args.device)
         self.check_train_dataset(train_dataset, args)
         if isinstance(ref_model, nn.Module) and ref_model is model:
             raise ValueError(
@@ -312,7 +312,7 @@ class Trainer(
         if not self._warned_logits:
             self._warned_logits = True
             logger.warning(
-                "compute_metrics needs logits: each evaluation batch takes one more forward, with "
+                "compute_metrics and predict need logits: each batch takes one more forward, with "
                 "[2P, T, V] in memory."
             )
 
@@ -327,6 +327,13 @@ class Trainer(
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
     refuse_removed(arguments, REMOVED_ARGUMENTS, "Trainer")
+    refuse_removed(arguments, REMOVED_FIELDS, "Trainer (as DPOConfig)")
+    for f in dataclasses.fields(DPOConfig):
+        if f.name in arguments:
+            raise TypeError(
+                f"Trainer takes no {f.name!r}, which is a field of its args: write "
+                f"args=DPOConfig({f.name}=...)."
+            )
     if arguments:
         raise TypeError(f"Trainer got unexpected arguments: {', '.join(sorted(arguments))}.")
 

@@ -153,6 +153,21 @@ class DatasetsMixin:
             metrics |= self._evaluate_prepared(one, ignore_keys, prefix)
         return metrics
 
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> Any:
+        """As in transformers, with logits ``[2P, T, V]`` as predictions; the data set may be raw,
+        as for :meth:`evaluate`, and the metrics are those of ``evaluate`` under the prefix.
+        """
+        prepared = self.attach(self.prepare(test_dataset, "test"), "test")
+        output = super().predict(prepared, ignore_keys, metric_key_prefix)  # type: ignore[misc]
+        metrics = self.evaluation_metrics()  # type: ignore[attr-defined]
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
+        return output
+
     def _evaluate_prepared(
         self, dataset: Any, ignore_keys: list[str] | None, prefix: str
     ) -> dict[str, float]:

@@ -71,6 +71,11 @@ class LogsMixin:
         if popped is not None and mode == "train":
             self._refuse_nonfinite(popped[1].nonfinite)
 
+    def evaluation_metrics(self) -> dict[str, float]:
+        """The metrics of an evaluation that nobody logs: taken, so that no later one has them."""
+        popped = self._metrics.pop("eval")
+        return {} if popped is None else popped[0]
+
     def refuse_nonfinite_loss(self) -> None:
         """Raise if a training loss since the last log was not finite: before a checkpoint.
 

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import set_seed
 
 from dpo_fast.config import DPOConfig
+from dpo_fast.hub_names import local_name
 from dpo_fast.losses import PreferenceLoss, build_loss
 from dpo_fast.models import check_head, head_of, install_scoring, is_peft_model
+from dpo_fast.models.given import check_config, is_adapter
 from dpo_fast.reference.checks import check_finite
 from dpo_fast.trainer.engines import complete_weights
 
@@ -48,6 +50,7 @@ def build_parts(
     """
     set_seed(args.seed)  # adapters are initialised at random
     if isinstance(model, str):
+        refuse_frozen_adapter(model)
         model = load_model(model, args, quantization_config)
     else:
         refuse_load_arguments(args, quantization_config)
@@ -99,7 +102,8 @@ def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "
     ``model_init_kwargs`` says otherwise.
 
     Raises:
-        ValueError: ``quantization_config`` is given twice.
+        ValueError: ``quantization_config`` is given twice, a dtype that is none, an
+        encoder-decoder.
     """
     from transformers import AutoModelForCausalLM
 
@@ -122,7 +126,23 @@ def load_model(name: str, args: DPOConfig, quantization_config: Any = None) -> "
             )
     kwargs["dtype"] = dtype
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    if not is_adapter(name):
+        check_config(name, "The model", **kwargs)
+    return AutoModelForCausalLM.from_pretrained(local_name(name), **kwargs)
+
+
+def refuse_frozen_adapter(name: str) -> None:
+    """``AutoModelForCausalLM`` loads an adapter without gradients: there is nothing to train.
+
+    Raises:
+        ValueError: the folder ``name`` holds an adapter.
+    """
+    if is_adapter(name):
+        raise ValueError(
+            f"model={name!r} holds an adapter, which would be loaded frozen. To go on training it, "
+            "give model=peft.AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True); "
+            "`dpo-fast train` does so."
+        )
 
 
 def refuse_load_arguments(args: DPOConfig, quantization_config: Any) -> None:

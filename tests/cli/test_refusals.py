@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import T5Config
 
 from dpo_fast.cli import main
 from tests.cli.words import base_words
@@ -23,6 +24,7 @@ def cases(material: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "model path": ({"model_name_or_path": "./nowhere"}, "there is no folder './nowhere'"),
         "model file": ({"model_name_or_path": material / "train.jsonl"}, "is a file"),
         "no model in it": ({"model_name_or_path": material}, "holds no model"),
+        "encoder-decoder": ({"model_name_or_path": material / "t5"}, "is an encoder-decoder"),
         "hub name": ({"model_name_or_path": "nobody/nothing"}, "'nobody/nothing' cannot be loaded"),
         "reference path": ({"ref_model_name_or_path": "./nowhere"}, "--ref_model_name_or_path"),
         "data path": ({"dataset_name": "./nowhere.jsonl"}, "no file or folder './nowhere.jsonl'"),
@@ -34,6 +36,7 @@ def cases(material: Path) -> dict[str, tuple[dict[str, Any], str]]:
         "loss": ({"loss_type": "magic"}, "magic"),
         "two references": ({"reference": "ema", "precompute_ref_log_probs": True}, "two ref"),
         "adapter without PEFT": ({"reference": "adapter"}, "needs an adapter"),
+        "offloaded adapter": ({"use_peft": True, "ref_offload": True}, "Drop ref_offload"),
         "output folder": ({"output_dir": material / "train.jsonl" / "out"}, "cannot be written"),
     }
 
@@ -43,6 +46,8 @@ def test_refused(
     case: str, material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options, message = cases(material)[case]
+    if case == "encoder-decoder":
+        T5Config(num_layers=1).save_pretrained(material / "t5")
     output = options.pop("output_dir", tmp_path)
     assert main(["train", *base_words(material, output, **options)]) in (1, 2)
     shown = capsys.readouterr().err

@@ -171,17 +171,25 @@ def test_stopped_run_keeps_metrics_and_curves(
 
 
 def test_file_formats(material: Path, tmp_path: Path) -> None:
-    """A csv, and a folder of parquet files with a split of its own to evaluate on."""
+    """One file of each kind gives one model; so does a folder of parquet files with a split of its
+    own to evaluate on.
+    """
     from datasets import Dataset
 
-    rows = Dataset.from_list(read_lines(material / "train.jsonl"))
+    lines = read_lines(material / "train.jsonl")
+    rows = Dataset.from_list(lines)
     rows.to_csv(tmp_path / "pairs.csv")
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    (tmp_path / "pairs.json").write_text(json.dumps(lines))
+    (tmp_path / "pairs.jsonl").write_bytes((material / "train.jsonl").read_bytes())
     for split in ("train", "test"):
         (tmp_path / "parts").mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / "parts" / f"{split}-0.parquet")
-    by_csv = base_words(material, tmp_path / "a", dataset_name=tmp_path / "pairs.csv")
-    assert main(["train", *by_csv]) == 0
+    for kind in ("csv", "json", "jsonl", "parquet"):
+        file = {"dataset_name": tmp_path / f"pairs.{kind}"}
+        assert main(["train", *base_words(material, tmp_path / kind, **file)]) == 0
+        assert equal(weights(tmp_path / kind), weights(tmp_path / "csv")), kind
     parts = {"dataset_name": tmp_path / "parts", "eval_strategy": "steps", "eval_steps": 3}
     assert main(["train", *base_words(material, tmp_path / "b", **parts)]) == 0
     assert any("eval_loss" in log for log in read_lines(tmp_path / "b" / "metrics.jsonl"))
-    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert equal(weights(tmp_path / "csv"), weights(tmp_path / "b"))

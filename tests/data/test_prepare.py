@@ -140,3 +140,26 @@ def test_datasets_with_a_format():
     transformed = Dataset.from_list(rows).with_transform(lambda batch: batch)
     with pytest.raises(ValueError, match="set_transform"):
         prepare_dataset(transformed, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("max_length", [1024, None])
+def test_an_image_in_a_later_row(max_length):
+    """Text in the first row and a block of an image in the sixth: found while tokenising."""
+
+    def chat(content):
+        answers = {k: [{"role": "assistant", "content": text(k)}] for k in ("chosen", "rejected")}
+        return {"prompt": [{"role": "user", "content": content}], **answers}
+
+    def text(words):
+        return [{"type": "text", "text": words, "image_url": None}]
+
+    picture = [{"type": "image_url", "text": None, "image_url": "a.png"}]
+    rows = [chat(text("hello")) for _ in range(5)] + [chat(text("look") + picture)]
+    rows += [chat(text("bye")) for _ in range(40)]
+    dataset = Dataset.from_list(rows)
+    for given in (dataset, dataset.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="row 5: prompt holds a block of type 'image_url'"):
+            list(prepare_dataset(given, tiny_tokenizer(), max_length=max_length)[0])
+    videos = dataset.select(range(3)).add_column("videos", [[]] * 3)
+    with pytest.raises(ValueError, match=r"'videos'.*remove_columns\(\['videos'\]\)"):
+        prepare_dataset(videos, tiny_tokenizer(), max_length=max_length)

@@ -66,13 +66,50 @@ def test_forms():
                 "rejected": [BAD],
             },
             ValueError,
-            "prompt holds an image",
+            "prompt holds a block of type 'image'",
+        ),
+        ({"videos": [], "chosen": "b", "rejected": "c"}, ValueError, "'videos'.*remove_columns"),
+        ({"audio": 0, "chosen": "b", "rejected": "c"}, ValueError, "'audio'.*remove_columns"),
+        (
+            {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "pixel_values": [0.0]},
+            ValueError,
+            "'pixel_values'.*vision",
         ),
     ],
 )
 def test_refused_by_name(row, error, said):
     with pytest.raises(error, match=said):
         detect(**row)
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"type": "image"}, "type 'image'"),
+        ({"type": "image_url", "image_url": {"url": "a.png"}}, "type 'image_url'"),
+        ({"type": "input_image"}, "type 'input_image'"),
+        ({"type": "video", "video": "a.mp4"}, "type 'video'"),
+        ({"type": "audio"}, "type 'audio'"),
+        ({"type": "input_audio"}, "type 'input_audio'"),
+        ({"image": "a.png"}, "field 'image'"),
+    ],
+)
+@pytest.mark.parametrize("where", ["prompt", "chosen", "rejected"])
+def test_blocks_that_are_no_text(block, said, where):
+    mixed = {"role": "user", "content": [{"type": "text", "text": "look"}, block]}
+    row = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]} | {where: [mixed]}
+    with pytest.raises(ValueError, match=f"row 0: {where} holds .*{said}.*only text"):
+        detect(**row)
+    field = {"role": "user", "content": "look", "images": ["a.png"]}
+    with pytest.raises(ValueError, match=f"{where} holds the field 'images'"):
+        detect(**{**row, where: [field]})
+
+
+def test_empty_fields_of_other_blocks_are_text():
+    block = {"type": "text", "text": "look at the image", "image_url": None, "video": None}
+    assert detect(
+        prompt=[{"role": "user", "content": [block], "images": []}], chosen=[GOOD], rejected=[BAD]
+    ) == RowFormat(False, True, True, False)
 
 
 def test_long_values_are_cut_in_messages():

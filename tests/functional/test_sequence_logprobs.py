@@ -63,3 +63,17 @@ def test_no_sequences_and_only_empty_ones():
     value = torch.empty(0, requires_grad=True)
     segment_sum(value, torch.tensor([0, 0])).sum().backward()
     assert value.grad.shape == (0,)
+
+
+class _OnMetal(torch.Tensor):
+    """Says that it is on a device that this machine does not have."""
+
+    @property
+    def device(self):
+        return torch.device("mps")
+
+
+def test_a_device_without_float64_is_refused_by_name():
+    values = torch.zeros(3).as_subclass(_OnMetal)
+    with pytest.raises(ValueError, match=r"'mps'.*no float64.*CPU"):
+        segment_sum(values, torch.tensor([0, 2, 3]))

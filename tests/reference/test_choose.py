@@ -63,6 +63,9 @@ VALID: list[tuple[dict[str, Any], str, str]] = [
     ({"needs_reference": False, "ref_model": True}, "frozen", "ref_model was given"),
     ({"needs_reference": False, "precompute_flag": True}, "precomputed", "precompute_ref"),
     ({"needs_reference": False, "asked": "frozen"}, "frozen", "asked for"),
+    ({"offload": True}, "frozen", "full fine-tuning"),
+    ({"offload": True, "ref_model": True, "peft": "new"}, "frozen", "ref_model was given"),
+    ({"offload": True, "asked": "frozen", "peft": "continued"}, "frozen", "asked for"),
 ]
 
 INVALID: list[tuple[dict[str, Any], str]] = [
@@ -86,6 +89,11 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ({"sync_flag": True, "peft": "new", "ref_model": True}, r"averages the adapter's weights"),
     ({"asked": "ema", "peft": "continued", "ref_model": True}, r"drop ref_model"),
     ({"asked": "ema", "trained": False}, r"nothing would ever change.*is_trainable=True"),
+    ({"offload": True, "peft": "new"}, r"reference='adapter': .*Drop ref_offload, or set"),
+    ({"offload": True, "asked": "precomputed"}, r"reference='precomputed': .*Drop ref_offload"),
+    ({"offload": True, "sync_flag": True}, r"reference='ema': sync_ref_model.*Drop ref_offload"),
+    ({"offload": True, "needs_reference": False}, r"reference='none': .*Drop ref_offload"),
+    ({"offload": True, "asked": "adapter", "peft": "new", "ref_model": True}, r"drop ref_model"),
 ]
 
 
@@ -113,19 +121,21 @@ def expected(s: Situation) -> str | None:
         return None
     name = flagged if s.asked == "auto" else s.asked
     if name is None:
-        if not s.ref_model and not s.needs_reference:
-            return "none"
         name = "adapter" if s.peft != "no" and not s.ref_model else "frozen"
+        if not s.ref_model and not s.needs_reference:
+            name = "none"
     impossible = {
         "adapter": s.peft == "no" or s.ref_model,
         "precomputed": s.streamed is not None,
         "ema": (s.peft != "no" and s.ref_model) or not s.trained,
     }
+    if s.offload and name != "frozen":
+        return None
     return None if impossible.get(name) else name
 
 
 def test_the_whole_table() -> None:
-    """All 960 combinations are either answered or refused with a remedy."""
+    """All 1920 combinations are either answered or refused with a remedy."""
     axes: dict[str, tuple[Any, ...]] = {
         "asked": ("auto", "frozen", "adapter", "precomputed", "ema"),
         "precompute_flag": (False, True),
@@ -135,6 +145,7 @@ def test_the_whole_table() -> None:
         "streamed": (None, "train"),
         "needs_reference": (True, False),
         "trained": (True, False),
+        "offload": (False, True),
     }
     counts = {"answered": 0, "refused": 0}
     for values in itertools.product(*axes.values()):
@@ -148,7 +159,7 @@ def test_the_whole_table() -> None:
         else:
             counts["answered"] += 1
             assert decide(situation).name == answer, situation
-    assert counts == {"answered": 232, "refused": 728}
+    assert counts == {"answered": 308, "refused": 1612}
 
 
 # -- from real arguments to a working reference

@@ -30,11 +30,26 @@ def make(model: Any = None, **kwargs: Any) -> Any:
         ("max_prompt_length", 10, "max_length"),
         ("rpo_alpha", 1.0, "sft"),
         ("reference_free", True, "simpo"),
+        ("padding_value", 0, "pad_token"),
+        ("label_pad_token_id", -100, "completion mask"),
+        ("chat_template_kwargs", {"persona": "x"}, "column in the dataset"),
+        ("is_encoder_decoder", True, "not supported"),
+        ("force_use_ref_model", True, "always used"),
     ],
 )
-def test_removed_config_fields(name: str, value: Any, hint: str) -> None:
-    with pytest.raises(TypeError, match=hint):
+def test_removed_fields_as_config_field_or_trainer_argument(
+    name: str, value: Any, hint: str
+) -> None:
+    with pytest.raises(TypeError, match=f"DPOConfig has no '{name}'.*{hint}"):
         dpo_fast.DPOConfig("out", **{name: value})
+    with pytest.raises(TypeError, match=f"Trainer .* has no '{name}'.*{hint}"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["beta", "dataset_num_proc", "max_length", "learning_rate"])
+def test_config_fields_as_trainer_arguments(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"field of its args.*DPOConfig\({name}=\.\.\.\)"):
+        make(**{name: 1})
 
 
 def test_removed_and_unknown_trainer_arguments() -> None:
@@ -101,6 +116,54 @@ def test_models() -> None:
         make(peft_config={"r": 4})
     with pytest.raises(ValueError, match="quantization_config"):
         make(quantization_config=object())
+
+
+def test_quantization_config_reaches_the_loader(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader alone is replaced: quantised weights need bitsandbytes' CUDA kernels."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    loaded = []
+
+    def load(name: str, **kwargs: Any) -> Any:
+        loaded.append((name, kwargs))
+        return tiny_model("llama")
+
+    policy, reference = (save_tiny(tmp_path / name) for name in ("policy", "reference"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    make(
+        policy,
+        ref_model=reference,
+        quantization_config=config,
+        peft_config=lora_config(),
+        config={"model_init_kwargs": {"dtype": "bfloat16"}},
+    )
+    (first, first_kwargs), (second, second_kwargs) = loaded
+    assert (first, second) == (policy, reference)
+    assert first_kwargs["quantization_config"] is config
+    assert first_kwargs["dtype"] is second_kwargs["dtype"] is torch.bfloat16
+    assert "quantization_config" not in second_kwargs  # the reference keeps its own precision
+    with pytest.raises(ValueError, match="given to the trainer and in model_init_kwargs"):
+        make(
+            policy,
+            quantization_config=config,
+            config={"model_init_kwargs": {"quantization_config": config}},
+        )
+
+
+def test_several_gpus_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpo_fast.DPOConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*accelerate launch.*CUDA_VISIBLE_DEVICES"):
+        make()
+
+
+def test_a_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = property(lambda self: torch.device("mps"))
+    monkeypatch.setattr(dpo_fast.DPOConfig, "device", device)
+    with pytest.raises(ValueError, match=r"'mps'.*no float64.*use_cpu=True"):
+        make()
 
 
 def test_peft_model_and_config() -> None:

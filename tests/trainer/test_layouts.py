@@ -112,6 +112,28 @@ def test_evaluation_in_every_layout() -> None:
         assert losses[2][key] == pytest.approx(losses[0][key], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"batch_layout": "padded"}, {"batch_layout": "shared_prefix"}, {"reference": "precomputed"}],
+)
+def test_predict_takes_raw_rows_as_evaluate_does(config: dict[str, Any], tmp_path: Any) -> None:
+    trainer = ours(max_steps=1, ref_cache_dir=str(tmp_path), **config).trainer
+    expected = trainer.evaluate(rows(7, seed=5))
+    output = trainer.predict(rows(7, seed=5))
+    assert output.predictions.shape[0] == 14 == output.label_ids.shape[0]
+    assert output.predictions.shape[-1] == trainer.model.config.vocab_size
+    for key in ("loss", "rewards/margins", "logps/chosen", "num_tokens"):
+        assert output.metrics[f"test_{key}"] == pytest.approx(expected[f"eval_{key}"], rel=1e-5)
+    # nothing of the prediction is left for the next evaluation
+    again = trainer.evaluate(rows(3, seed=6))
+    assert again["eval_rewards/margins"] != pytest.approx(expected["eval_rewards/margins"])
+    assert again == pytest.approx(trainer.evaluate(rows(3, seed=6)) | _timings(again))
+
+
+def _timings(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k.endswith(("runtime", "_per_second"))}
+
+
 def test_metrics_of_logits_are_computed_on_padded_rows() -> None:
     seen = []
 

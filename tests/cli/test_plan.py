@@ -77,3 +77,11 @@ def test_a_folder_without_a_config_is_refused(
 ) -> None:
     assert main(["plan", str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import T5Config
+
+    T5Config(num_layers=1).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "is an encoder-decoder (model_type 't5')" in capsys.readouterr().err

@@ -212,3 +212,16 @@ def test_choice_of_reference_is_logged(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO, logger="dpo_fast"):
         trainer_of(FastDPOTrainer)
     assert "reference='frozen'" in caplog.text
+
+
+def test_predict_takes_raw_rows_and_what_a_subclass_adds() -> None:
+    class Own(FastDPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False) -> Any:
+            self._metrics["eval"]["one"].append(1.0)
+            return super()._compute_loss(model, inputs, return_outputs)
+
+    trainer = trainer_of(Own)
+    output = trainer.predict(rows(5))
+    assert output.predictions.shape[0] == 10
+    assert output.metrics["test_one"] == 1.0 and "test_rewards/margins" in output.metrics
+    assert not trainer._metrics["eval"]  # nothing is left for the next evaluation

@@ -113,7 +113,8 @@ def _run_suite(
         by_order = sorted(result["cases"].items(), key=lambda item: order.get(item[0], len(order)))
         result["cases"] = dict(by_order)
         _write_json(stem.with_suffix(".json"), result)
-    return write_report(stem, result)
+    # with nothing measured, an older result, table and picture stay as they are
+    return write_report(stem, result) if result["cases"] else []
 
 
 def run_case(case: Case, settings: Settings, ceilings: dict[torch.dtype, Ceilings]) -> Result:

@@ -77,14 +77,19 @@ def test_a_result_is_continued_if_it_is_of_the_same_code(tmp_path: Path) -> None
     assert both["cases"]["N = 16"] == first["cases"]["N = 16"]
     assert len(said) == 1 and said[0].startswith("head: N = 32:")
     path.write_text(json.dumps({**both, "sources": "older"}))
-    run(["head"], "cpu", True, tmp_path, only="N = ", seconds=0.0, say=said.append)
-    assert json.loads(path.read_text())["cases"] == {}
+    run(["head"], "cpu", True, tmp_path, rounds=1, only="N = 32", say=said.append)
+    assert list(json.loads(path.read_text())["cases"]) == ["N = 32"]
 
 
 def test_no_case_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
+    """And nothing is written, an older result least of all."""
     said: list[str] = []
-    run(["head"], "cpu", True, tmp_path, only="N = ", seconds=0.0, say=said.append)
+    older = tmp_path / "suite_head_cpu_quick.json"
+    older.write_text(json.dumps({"sources": "older", "machine": {}, "cases": {"N = 16": {}}}))
+    before = older.read_text()
+    assert run(["head"], "cpu", True, tmp_path, only="N = ", seconds=0.0, say=said.append) == []
     assert said == ["head: out of time before 'N = 16'; run the same command again"]
+    assert older.read_text() == before and list(tmp_path.iterdir()) == [older]
 
 
 @pytest.mark.parametrize(

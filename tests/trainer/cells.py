@@ -1,5 +1,6 @@
 """The cells of the parity table: every loss of TRL 1.16 times every reference strategy."""
 
+from collections.abc import Callable
 from typing import Any
 
 from tests.tiny import tiny_model
@@ -84,16 +85,33 @@ def check_cell(
     strategy: str, config: dict[str, Any], tmp_path: Any, model: Any, *, update: float
 ) -> tuple[Run, Run]:
     """One cell in both trainers: the logs agree, and the updates within ``update``."""
+    ours, theirs, gold = run_cell(strategy, config, tmp_path, model)
+    assert relative_update_error(ours, theirs) <= update
+    assert_log_of_trl(ours, theirs, gold)
+    return ours, theirs
+
+
+def run_cell(
+    strategy: str,
+    config: dict[str, Any],
+    tmp_path: Any,
+    model: Any = None,
+    eval_dataset: Any = None,
+) -> tuple[Run, Run, Callable[[], Run]]:
+    """(ours, TRL's, what trains ours in float64) on the same arguments."""
     model = tiny_model("llama") if model is None else model
     arguments, shared, own = strategy_arguments(strategy, model)
-    cell = {"config": config_kwargs(**{**shared, **config}), **arguments}
+    of_trainer = {**arguments.pop("trainer_kwargs", {}), "eval_dataset": eval_dataset}
+    cell = {
+        "config": config_kwargs(**{**shared, **config}),
+        "trainer_kwargs": of_trainer,
+        **arguments,
+    }
     own_config = {**own, "ref_cache_dir": str(tmp_path / "refs")}
     ours, theirs = both(model, own_config=own_config, **cell)
-    assert relative_update_error(ours, theirs) <= update
 
     def gold() -> Run:
         cache = {"ref_cache_dir": str(tmp_path / "refs_float64")}
         return ours_in_float64(model, own_config={**own_config, **cache}, **cell)
 
-    assert_log_of_trl(ours, theirs, gold)
-    return ours, theirs
+    return ours, theirs, gold

@@ -23,22 +23,24 @@ CANCELLING = (
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-def assert_log_of_trl(ours: Run, theirs: Run, gold: Callable[[], Run]) -> None:
+def assert_log_of_trl(
+    ours: Run, theirs: Run, gold: Callable[[], Run], metrics: tuple[str, ...] = METRICS
+) -> None:
     """Every metric of every log line within 1e-5 of TRL's, relative; ``gold`` runs the same
     training of ours in float64, which is asked for only where that fails.
 
-    Metrics in ``CANCELLING`` may fail it if they lie within 1e-5 absolute (relative above 1), and
-    if the error of all steps against float64 is at most twice TRL's own, beside the resolution of
-    float32.
+    Metrics in ``CANCELLING`` may fail it if they lie within 1e-5 absolute (relative above 1; the
+    gradient's norm within 1e-4), and if the error of all steps against float64 is at most twice
+    TRL's own, beside the resolution of float32.
     """
     assert len(ours.log) == len(theirs.log) > 0
     doubtful = []
-    for key in METRICS:
+    for key in metrics:
         mine, expected = column(ours, key), column(theirs, key)
         if (mine - expected).abs().le(1e-5 * expected.abs()).all():
             continue
         assert key in CANCELLING, (key, mine, expected)
-        loose = 3e-5 if key == "grad_norm" else 1e-5
+        loose = 1e-4 if key == "grad_norm" else 1e-5
         bound = loose * expected.abs().clamp_min(1.0)
         assert (mine - expected).abs().le(bound).all(), (key, mine, expected)
         doubtful.append(key)

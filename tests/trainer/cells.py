@@ -1,33 +1,28 @@
 """The cells of the parity table: every loss of TRL 1.16 times every reference strategy."""
 
+from collections.abc import Callable
 from typing import Any
 
 from tests.tiny import tiny_model
-from tests.trainer.parity import (
-    Run,
-    assert_same_log,
-    both,
-    config_kwargs,
-    perturbed,
-    relative_update_error,
-)
+from tests.trainer.parity import Run, both, config_kwargs, perturbed, relative_update_error
+from tests.trainer.parity_float64 import assert_log_of_trl, ours_in_float64
 
 LOSSES: dict[str, dict[str, Any]] = {
-    "sigmoid": {},
-    "hinge": {},
-    "ipo": {},
-    "exo_pair": {"label_smoothing": 1e-3},
-    "nca_pair": {},
-    "robust": {"label_smoothing": 0.1},
-    "bco_pair": {},
-    "sppo_hard": {},
-    "aot": {"label_smoothing": 0.05},
-    "aot_unpaired": {},
-    "apo_zero": {},
-    "apo_down": {},
-    "discopop": {},
-    "sft": {},
-    "sigmoid_norm": {},
+    "sigmoid": {"loss_type": ["sigmoid"]},
+    "hinge": {"loss_type": ["hinge"]},
+    "ipo": {"loss_type": ["ipo"]},
+    "exo_pair": {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
+    "nca_pair": {"loss_type": ["nca_pair"]},
+    "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
+    "bco_pair": {"loss_type": ["bco_pair"]},
+    "sppo_hard": {"loss_type": ["sppo_hard"]},
+    "aot": {"loss_type": ["aot"], "label_smoothing": 0.05},
+    "aot_unpaired": {"loss_type": ["aot_unpaired"]},
+    "apo_zero": {"loss_type": ["apo_zero"]},
+    "apo_down": {"loss_type": ["apo_down"]},
+    "discopop": {"loss_type": ["discopop"]},
+    "sft": {"loss_type": ["sft"]},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm"]},
 }
 STRATEGIES = ("frozen", "adapter", "precomputed", "ema")
 
@@ -46,9 +41,13 @@ def lora_config(**overrides: Any) -> Any:
     return LoraConfig(**{**fields, **overrides})
 
 
-def strategy_arguments(strategy: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(arguments of both trainers, of both configs, of our config alone)."""
-    model = tiny_model("llama")
+def strategy_arguments(
+    strategy: str, model: Any = None
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(arguments of both trainers, of both configs, of our config alone) for ``model`` (None: the
+    tiny Llama).
+    """
+    model = tiny_model("llama") if model is None else model
     reference = perturbed(model)
     if strategy == "adapter":
         return {"trainer_kwargs": {"peft_config": lora_config()}}, {}, {"reference": "adapter"}
@@ -65,30 +64,54 @@ def strategy_arguments(strategy: str) -> tuple[dict[str, Any], dict[str, Any], d
     return {"ref_model": reference}, {}, {"reference": "frozen"}
 
 
-def run_cell(strategy: str, config: dict[str, Any], tmp_path: Any) -> tuple[Run, Run]:
-    """Both trainings of one cell."""
-    arguments, shared, own = strategy_arguments(strategy)
-    return both(
-        tiny_model("llama"),
-        config=config_kwargs(**{**shared, **config}),
-        own_config={**own, "ref_cache_dir": str(tmp_path / "refs")},
-        **arguments,
-    )
+ONE_SGD_STEP = {"optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1, "learning_rate": 0.1}
 
 
-def check_one_sgd_step(strategy: str, loss: str, tmp_path: Any) -> None:
+def check_one_sgd_step(
+    strategy: str, config: dict[str, Any], tmp_path: Any, model: Any = None
+) -> tuple[Run, Run]:
     """One SGD step without clipping: the gradient itself, within 1e-5 of TRL's."""
-    config = {"loss_type": [loss], "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 1}
-    ours, theirs = run_cell(strategy, {**config, **LOSSES[loss], "learning_rate": 0.1}, tmp_path)
-    # discopop's sigmoid(beta * delta / 0.05) magnifies the rounding of TRL's sums and of ours alike
-    assert relative_update_error(ours, theirs) <= (1e-4 if loss == "discopop" else 1e-5)
-    assert_same_log(ours, theirs, skip=("grad_norm",))
+    return check_cell(strategy, {**config, **ONE_SGD_STEP}, tmp_path, model, update=1e-5)
 
 
-def check_five_adamw_steps(strategy: str, loss: str, tmp_path: Any) -> None:
-    """Five AdamW steps at 1e-3: loss and metrics of each within 1e-5, the whole update within
-    1e-3.
-    """
-    ours, theirs = run_cell(strategy, {"loss_type": [loss], **LOSSES[loss]}, tmp_path)
-    assert_same_log(ours, theirs)
-    assert relative_update_error(ours, theirs) <= 1e-3
+def check_five_adamw_steps(
+    strategy: str, config: dict[str, Any], tmp_path: Any, model: Any = None
+) -> tuple[Run, Run]:
+    """Five AdamW steps at 1e-3: the log of each, and the whole update within 1e-3 of TRL's."""
+    return check_cell(strategy, config, tmp_path, model, update=1e-3)
+
+
+def check_cell(
+    strategy: str, config: dict[str, Any], tmp_path: Any, model: Any, *, update: float
+) -> tuple[Run, Run]:
+    """One cell in both trainers: the logs agree, and the updates within ``update``."""
+    ours, theirs, gold = run_cell(strategy, config, tmp_path, model)
+    assert relative_update_error(ours, theirs) <= update
+    assert_log_of_trl(ours, theirs, gold)
+    return ours, theirs
+
+
+def run_cell(
+    strategy: str,
+    config: dict[str, Any],
+    tmp_path: Any,
+    model: Any = None,
+    eval_dataset: Any = None,
+) -> tuple[Run, Run, Callable[[], Run]]:
+    """(ours, TRL's, what trains ours in float64) on the same arguments."""
+    model = tiny_model("llama") if model is None else model
+    arguments, shared, own = strategy_arguments(strategy, model)
+    of_trainer = {**arguments.pop("trainer_kwargs", {}), "eval_dataset": eval_dataset}
+    cell = {
+        "config": config_kwargs(**{**shared, **config}),
+        "trainer_kwargs": of_trainer,
+        **arguments,
+    }
+    own_config = {**own, "ref_cache_dir": str(tmp_path / "refs")}
+    ours, theirs = both(model, own_config=own_config, **cell)
+
+    def gold() -> Run:
+        cache = {"ref_cache_dir": str(tmp_path / "refs_float64")}
+        return ours_in_float64(model, own_config={**own_config, **cache}, **cell)
+
+    return ours, theirs, gold

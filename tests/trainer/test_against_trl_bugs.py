@@ -107,6 +107,27 @@ def test_ragged_evaluation_keeps_the_rejected_rows() -> None:
     assert seen["labels"][-1][: len(expected)].tolist() == expected
 
 
+def test_ragged_evaluation_weighs_pairs_alike() -> None:
+    """TRL averages the batches' means: one pair in a batch of its own counts as four."""
+    metrics = {}
+    for size in (4, 5):
+        ours_now, theirs = both(
+            tiny_model("llama"),
+            ref_model=perturbed(tiny_model("llama")),
+            config=config_kwargs(max_steps=1, per_device_eval_batch_size=size),
+            trainer_kwargs={"eval_dataset": rows(5, seed=6)},
+        )
+        metrics[size] = [run.trainer.evaluate() for run in (ours_now, theirs)]
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected"):
+        (mine, of_trl), (exact, exact_of_trl) = (
+            [m[f"eval_{key}"] for m in metrics[size]] for size in (4, 5)
+        )
+        # margins are differences of sums near 100
+        assert mine == pytest.approx(exact, rel=1e-5, abs=1e-5), key
+        assert exact == pytest.approx(exact_of_trl, rel=1e-5, abs=1e-5), key
+        assert abs(of_trl - exact) > 1e-3 * abs(exact), key
+
+
 def test_tokenised_columns_are_accepted() -> None:
     """TRL raises KeyError('chosen')."""
     text = ours(config={"max_steps": 1})

@@ -118,7 +118,7 @@ def test_ragged_evaluation_weighs_pairs_alike() -> None:
             trainer_kwargs={"eval_dataset": rows(5, seed=6)},
         )
         metrics[size] = [run.trainer.evaluate() for run in (ours_now, theirs)]
-    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logits/rejected"):
+    for key in ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"):
         (mine, of_trl), (exact, exact_of_trl) = (
             [m[f"eval_{key}"] for m in metrics[size]] for size in (4, 5)
         )

@@ -40,6 +40,7 @@ PARTS = {
     "products": Part(("tests/kernels/test_gpu_products.py",)),
     "bits": Part(("tests/kernels/test_gpu_bits.py",), workers=4),
     "head": Part(("tests/kernels/test_gpu_head.py",), workers=12),
+    "filtered": Part(("tests/kernels/test_gpu_filtered.py",), workers=4),
     "fused": Part(("tests/kernels/test_gpu_fused.py",), workers=4),
     "trainer": Part(("tests/trainer/test_gpu.py",), workers=8),
     "traced": Part(("tests/kernels/test_gpu_traced.py",), workers=3),

@@ -9,7 +9,14 @@ from dpo_fast.backends.interface import (
     Saved,
     buffer_bytes,
 )
-from dpo_fast.backends.select import NAMES, choose, choose_sharded, cpu_refusal, triton_refusal
+from dpo_fast.backends.select import (
+    NAMES,
+    choose,
+    choose_sharded,
+    cpu_refusal,
+    filtered,
+    triton_refusal,
+)
 from dpo_fast.backends.shard import VocabShard
 
 __all__ = [
@@ -25,5 +32,6 @@ __all__ = [
     "choose",
     "choose_sharded",
     "cpu_refusal",
+    "filtered",
     "triton_refusal",
 ]

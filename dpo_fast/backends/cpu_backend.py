@@ -94,6 +94,7 @@ class CpuBackend:
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         x = hidden.float().contiguous()
         lora = head.lora

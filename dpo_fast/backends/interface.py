@@ -127,11 +127,14 @@ class HeadBackend(Protocol):
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         """Log-probs of all rows. ``store``: probabilities may be kept for ``backward``.
 
         ``buffer``: uint8 scratch of at least ``buffer_bytes(N, row_bytes)``. What ``store`` keeps
         goes there; the caller promises not to use it again before ``backward`` has run.
+        ``spare``: bytes that a backward which computes probabilities again may use beyond what it
+        must; it may ignore them.
         """
         ...
 

@@ -45,6 +45,7 @@ class NaiveBackend:
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         result = _run(hidden, head, target, outputs)
         if not any(needs):

@@ -37,6 +37,13 @@ def _triton() -> HeadBackend:
 
 
 @cache
+def _filtered(bound: float) -> HeadBackend:
+    from dpo_fast.backends.filtered_backend import FilteredBackend
+
+    return FilteredBackend(bound)
+
+
+@cache
 def _cpu() -> HeadBackend:
     from dpo_fast.backends.cpu_backend import CpuBackend
 
@@ -92,6 +99,27 @@ def choose_sharded(name: str, device_type: str, dtype: torch.dtype) -> HeadBacke
     """:func:`choose` among the backends whose vocabulary may be split over processes."""
     found = _resolve_sharded(name, device_type, dtype)
     return _chunked_shards() if found == "chunked" else _FACTORIES[found]()
+
+
+def filtered(backend: HeadBackend, bound: float | None) -> HeadBackend:
+    """The Triton backend that filters by ``bound``; None: the backend itself.
+
+    Raises:
+        ValueError: a bound outside [0, 1), or a backend that has no filtered mode.
+    """
+    if bound is None:
+        return backend
+    if not 0 <= bound < 1:
+        raise ValueError(
+            f"filter_bound={bound} must lie in [0, 1): the share of a row's probability below "
+            "which a tile is left out of the gradients; None leaves out nothing"
+        )
+    if backend.name != "triton":
+        raise ValueError(
+            f"filter_bound={bound} is a mode of backend='triton', and the backend here is "
+            f"{backend.name!r}; train on a CUDA device, or pass filter_bound=None"
+        )
+    return _filtered(float(bound))
 
 
 def resolve(name: str, device_type: str, dtype: torch.dtype) -> str:

@@ -37,6 +37,8 @@ class TritonBackend:
     name = "triton"
     gradients_may_wait = True
 
+    bound: float | None = None  # of the filtered mode (filtered_backend.py)
+
     def __init__(self, engine: str | None = None) -> None:
         self.engine = engine
 
@@ -58,12 +60,20 @@ class TritonBackend:
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         a, b, lora_scale = (None, None, 0.0) if head.lora is None else head.lora
         scalars = (lora_scale, head.softcap, head.scale)
         args: Any = (hidden, head.weight, target, head.bias, a, b, *scalars)
         # Every row is scored here, so no target means "ignored".
-        args += (_NO_TARGET, list(needs), bool(outputs), store, self.engine)
+        args += (
+            _NO_TARGET,
+            list(needs),
+            bool(outputs),
+            store,
+            self.engine,
+            self.bound if any(needs) else None,
+        )
         plain: Any = partial(run_forward, buffer=buffer, vocabulary=_vocabulary(head.shard))
         opaque = buffer is None and head.shard is None
         flat = Flat(*(linear_logprob_fwd if opaque else plain)(*args))
@@ -77,21 +87,25 @@ class TritonBackend:
         if store or not needs.head:  # then the backward reads their shapes only
             weight, bias = weight.new_empty(1).expand(weight.shape), None
         kept = (hidden, weight, bias, a, b, *flat[1:3], *flat[4:])
-        return HeadForward(result, Saved(kept, (needs, scalars, head.shard is not None)))
+        return HeadForward(result, Saved(kept, (needs, scalars, head.shard is not None, spare)))
 
     def backward(self, saved: Saved, dlogps: Tensor, into: HeadGrads | None = None) -> HeadGrads:
-        needs, scalars, sharded = saved.meta
-        hidden, weight, bias, a, b, state, col, e, g, eb = saved.tensors
+        needs, scalars, sharded, spare = saved.meta
+        hidden, weight, bias, a, b, state, col, e, g, eb, mask = saved.tensors
         assert hidden is not None and weight is not None and state is not None
         assert col is not None and e is not None and g is not None and eb is not None
+        assert mask is not None
         args: Any = (hidden, weight, bias, a, b, *scalars, list(needs), self.engine)
         if into is None and sharded:
             into = HeadGrads()  # float32: what is summed over the ranks is rounded afterwards
         if into is None:
-            grads = linear_logprob_bwd(*args, state[0], state, col, e, g, eb, dlogps)
+            kept = (state[0], state, col, e, g, eb, mask, dlogps, spare)
+            grads = linear_logprob_bwd(*args, *kept)
             return HeadGrads(*(t if asked else None for t, asked in zip(grads, needs, strict=True)))
-        kept = Flat(state[0], state, col, state, e, g, eb)
-        plain: Any = partial(run_backward, saved=kept, dlogps=dlogps, into=Gradients(*into))
+        flat = Flat(state[0], state, col, state, e, g, eb, mask)
+        plain: Any = partial(
+            run_backward, saved=flat, dlogps=dlogps, spare=spare, into=Gradients(*into)
+        )
         return HeadGrads(*plain(*args))
 
 

@@ -61,6 +61,7 @@ class ChunkedBackend:
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         def epilogue(chunk: Tensor, part: slice) -> EpilogueRows:
             return epilogue_(

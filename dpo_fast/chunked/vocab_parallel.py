@@ -66,6 +66,7 @@ class VocabParallelBackend(ChunkedBackend):
         outputs: tuple[str, ...],
         store: bool,
         buffer: Tensor | None = None,
+        spare: int = 0,
     ) -> HeadForward:
         assert head.shard is not None
         owned, column = head.shard.locate(target, head.weight.shape[0])

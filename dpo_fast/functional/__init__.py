@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dpo_fast.backends.shard import VocabShard
+from dpo_fast.functional.filter_report import FilterReport, filter_report
 from dpo_fast.functional.fused import FusedDPOOutput, fused_linear_dpo
 from dpo_fast.functional.liger_compat import FusedLinearDPOLoss
 from dpo_fast.functional.linear import linear_logprobs
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from dpo_fast.functional.ema import ema_
 
 __all__ = [
+    "FilterReport",
     "FusedDPOOutput",
     "FusedLinearDPOLoss",
     "HeadLoRA",
@@ -21,6 +23,7 @@ __all__ = [
     "PairGroup",
     "VocabShard",
     "ema_",
+    "filter_report",
     "fused_linear_dpo",
     "linear_logprobs",
     "sequence_logprobs",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_fast.backends import LinearHead, choose, choose_sharded
+from dpo_fast.backends import LinearHead, choose, choose_sharded, filtered
 from dpo_fast.functional import validate
 from dpo_fast.functional.autocast import autocast_head
 from dpo_fast.functional.fused_function import FusedJob, FusedLinearDPO, Rows
@@ -62,6 +62,7 @@ def fused_linear_dpo(
     mode: Mode | None = None,
     workspace: int | None = None,
     main_grad: Tensor | None = None,  # [V, H] float32
+    filter_bound: float | None = None,
 ) -> FusedDPOOutput:
     """``sum_p pair_weight[p] * loss(...)[p]`` from hidden states, in as few GEMMs as there can be.
 
@@ -100,7 +101,7 @@ def fused_linear_dpo(
             engine must sum gradients over the group (where it averages, multiply the loss by the
             group's size). ``ref_logps`` are of whole sequences, lengths in ``stats`` as well.
         group: as :func:`linear_logprobs`; ``ref_weight`` is then split like ``weight``.
-        outputs, backend, mode, workspace, main_grad, and the head's parameters: as
+        outputs, backend, mode, workspace, main_grad, filter_bound, and the head's parameters: as
             :func:`linear_logprobs`.
 
     Returns:
@@ -149,7 +150,7 @@ def fused_linear_dpo(
     pick = choose if head.shard is None else choose_sharded
     rows = Rows(target, cu_seqlens, seq_lens, token_weight, ignore_index)
     job = FusedJob(
-        backend=pick(backend, hidden.device.type, hidden.dtype),
+        backend=filtered(pick(backend, hidden.device.type, hidden.dtype), filter_bound),
         rows=rows,
         reference=reference,
         ref_logps=None if ref_logps is None else ref_logps.detach(),

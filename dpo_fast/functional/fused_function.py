@@ -32,7 +32,7 @@ from dpo_fast.backends.scratch import scratch
 from dpo_fast.functional import host
 from dpo_fast.functional.autocast import no_autocast
 from dpo_fast.functional.groups import Group, one_group, plan_groups
-from dpo_fast.functional.linear import late_grads, may_store, whole_grads
+from dpo_fast.functional.linear import late_grads, may_store, spare_bytes, whole_grads
 from dpo_fast.functional.masked import MaskedTargets, mask_targets
 from dpo_fast.functional.pair_loss import GroupLoss, call_loss, gradient
 from dpo_fast.functional.pair_stats import PairGroup, group_stats, needed_outputs
@@ -292,6 +292,7 @@ def _score_group(
         outputs=outputs,
         store=memory is not None or totals is None,
         buffer=memory,
+        spare=spare_bytes(backend, head, job.mode, job.workspace),
     )
     tokens = found.result
     leaf = tokens.logps.detach()

@@ -19,6 +19,7 @@ from dpo_fast.backends import (
     VocabShard,
     choose,
     choose_sharded,
+    filtered,
 )
 from dpo_fast.functional import host, validate
 from dpo_fast.functional.autocast import autocast_head, no_autocast
@@ -45,6 +46,7 @@ def linear_logprobs(
     mode: Mode | None = None,
     workspace: int | None = None,
     main_grad: Tensor | None = None,  # [V, H] float32
+    filter_bound: float | None = None,
 ) -> Tensor | LinearLogprobs:
     """``log softmax(z)[target]`` of each row: the log-probability of each target token.
 
@@ -73,6 +75,10 @@ def linear_logprobs(
             rounding it, and ``weight.grad`` gets nothing (as Megatron-LM fuses the accumulation of
             gradients; its optimizer reads ``main_grad``). Nothing that waits for ``weight.grad``,
             as DDP and FSDP do, will see it.
+        filter_bound: **approximate**, Triton only: dX and dW leave out tiles of 128 rows by 128
+            tokens of the vocabulary that hold less than this share of each of their rows'
+            probability and no target (2**-12 is a start). Log-probs and loss stay exact;
+            :func:`filter_report` says what was kept. None: exact.
 
     Returns:
         ``[N]`` float32 (float64 for float64 inputs), 0 where ``target == ignore_index``; with
@@ -102,7 +108,7 @@ def linear_logprobs(
     head = LinearHead(weight, bias, softcap, logit_scale / temperature, lora, shard)
     validate.check_target(target, hidden.shape[0], head.vocab, ignore_index, hidden)
     pick = choose if shard is None else choose_sharded
-    chosen = pick(backend, hidden.device.type, hidden.dtype)
+    chosen = filtered(pick(backend, hidden.device.type, hidden.dtype), filter_bound)
     how = Scoring(chosen, names, mode, workspace, main_grad)
     result = score_valid(how, hidden, head, target, ignore_index)
     return result if names else result.logps
@@ -158,6 +164,7 @@ def score(how: Scoring, hidden: Tensor, head: LinearHead, target: Tensor) -> Lin
             how.main_grad,
         ),
         may_store(how.backend, head, hidden.shape[0], how.mode, how.workspace),
+        spare_bytes(how.backend, head, how.mode, how.workspace),
         torch.is_grad_enabled(),
     )
     return LinearLogprobs(found[0], **dict(zip(how.outputs, found[1:], strict=True)))
@@ -172,6 +179,17 @@ def may_store(
     head = head.for_plans()
     limit = backend.default_workspace(head) if workspace is None else workspace
     return rows * backend.row_bytes(head) <= limit
+
+
+def spare_bytes(
+    backend: HeadBackend, head: LinearHead, mode: Mode | None, workspace: int | None
+) -> int:
+    """What a backward may use that computes the probabilities again: none by order, else all that
+    they might have occupied.
+    """
+    if mode == "min-memory":
+        return 0
+    return backend.default_workspace(head.for_plans()) if workspace is None else workspace
 
 
 class _Options(NamedTuple):
@@ -234,6 +252,7 @@ class _LinearLogprobs(torch.autograd.Function):
         target: Tensor,
         options: _Options,
         store: bool,
+        spare: int,
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         backend, softcap, scale, lora_scale, shard, outputs, main_grad = options
@@ -243,7 +262,7 @@ class _LinearLogprobs(torch.autograd.Function):
         head = LinearHead(weight, bias, softcap, scale, lora, shard)
         with no_autocast(hidden):
             result, saved = backend.forward(
-                hidden, head, target, needs=needs, outputs=outputs, store=store
+                hidden, head, target, needs=needs, outputs=outputs, store=store, spare=spare
             )
         ctx.set_materialize_grads(False)
         if saved is not None:
@@ -258,13 +277,13 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlogps: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dlogps is None:
-            return (None,) * 9
+            return (None,) * 10
         saved = Saved(ctx.saved_tensors, ctx.meta)
         with no_autocast(dlogps):
             grads = late_grads(ctx.backend, saved, dlogps, ctx.shard, ctx.main_grad)
         dtypes = [*ctx.dtypes, ctx.dtypes[-1]]
         narrow = [None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)]
-        return (*narrow, None, None, None, None)
+        return (*narrow, None, None, None, None, None)
 
 
 assert set(LinearLogprobs._fields) == {"logps", *OUTPUTS}

@@ -32,6 +32,7 @@ def sequence_logprobs(
     mode: Mode | None = None,
     workspace: int | None = None,
     main_grad: Tensor | None = None,
+    filter_bound: float | None = None,
 ) -> Tensor:
     """Sum of the targets' log-probs of each sequence, ``[S]`` float32.
 
@@ -64,6 +65,7 @@ def sequence_logprobs(
         mode=mode,
         workspace=workspace,
         main_grad=main_grad,
+        filter_bound=filter_bound,
     )
     assert isinstance(logps, Tensor)
     validate.check_borders(cu_seqlens, hidden.shape[0], hidden)

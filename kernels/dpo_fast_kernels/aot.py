@@ -24,6 +24,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dpo_fast_kernels.kept_product import KEPT_TILES, KeptTile
+from dpo_fast_kernels.kept_tiles import ROWS as KEPT_ROWS
 from dpo_fast_kernels.tiles import OFF_RANGE_BLOCK_N, Row, Tile, table, variant_of
 
 SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 99 * 1024}
@@ -80,11 +82,15 @@ POINTER = {
 SCALARS = {
     "N": "i32", "V": "i32", "H": "i32", "Q": "i32", "K": "i32", "num_v": "i32", "start": "i32",
     "scale": "fp32", "softcap": "fp32", "offset": "fp32", "vocab_start": "i32",
-    "vocab_total": "i32", "ignore_index": "i32",
+    "vocab_total": "i32", "ignore_index": "i32", "num_units": "i32", "num_blocks": "i32",
+    "width": "i32", "bound": "fp32",
 }  # fmt: skip
 UNIT_STRIDES = ("stride_xh", "stride_wh", "stride_tk")
 ROWS = {"H", "stride_xn", "stride_wv"}  # odd where TMA cannot be used
-UNALIGNED = {"N", "V", "num_v", "start", "vocab_start", "vocab_total", "ignore_index"}
+UNALIGNED = {
+    "N", "V", "num_v", "start", "vocab_start", "vocab_total", "ignore_index", "num_units",
+    "num_blocks", "width",
+}  # fmt: skip
 
 
 def argument_type(name: str) -> str:
@@ -229,11 +235,50 @@ def row_cases(target: str) -> Iterator[Case]:
     yield case("segment", "_segment_sum_kernel", BLOCK=512)
 
 
+def kept_product_cases(target: str) -> Iterator[Case]:
+    """The filtered mode's two GEMMs: E W, and E^T X rounded and added."""
+    for arch, tile in KEPT_TILES.items():
+        if arch.removesuffix("-pointer") != target:
+            continue
+        for transposed, add in ((False, False), (True, False), (True, True)):
+            yield kept_product_case(arch, tile.adding() if add else tile, transposed, add)
+
+
+def kept_product_case(arch: str, tile: KeptTile, transposed: bool, add: bool) -> Case:
+    target, tma = arch.removesuffix("-pointer"), arch == "sm_90"
+    constants: dict[str, Any] = {
+        "BLOCK_M": KEPT_ROWS, "BLOCK_H": tile.block_h, "BLOCK_K": tile.block_k, "DEPTH": KEPT_ROWS,
+        "TRANSPOSED": transposed, "ADD": add, "TMA": tma,
+    }  # fmt: skip
+    types = {"list_ptr": "*i32", "count_ptr": "*i32", "right": "*bf16"}
+    if transposed and not add:
+        types["out_ptr"] = "*bf16"
+    if tma:
+        box = (tile.block_k, KEPT_ROWS) if transposed else (KEPT_ROWS, tile.block_k)
+        types["e"] = f"tensordesc<bf16[{box[0]},{box[1]}]>"
+        types["right"] = f"tensordesc<bf16[{tile.block_k},{tile.block_h}]>"
+    label = f"kept_product {arch} {'E^T' if transposed else 'E'}{' add' * add}"
+    limit = SPILLS_UNALIGNED if arch == "sm_90-pointer" else 0
+    return Case(
+        target, label, "kept_product", "_kept_product_kernel", types, constants, tile.num_warps,
+        tile.num_stages, target == "sm_90", limit, arch != "sm_90-pointer",
+    )  # fmt: skip
+
+
+def kept_tiles_cases(target: str) -> Iterator[Case]:
+    types = {"mask_ptr": "*i8", "units_ptr": "*i32", "blocks_ptr": "*i32"}
+    wide = {"ROWS": KEPT_ROWS, "UNIT": 128, "BLOCK_U": 32}
+    for kernel, warps, constants in (
+        ("_kept_tiles_kernel", 8, wide), ("_kept_blocks_kernel", 1, {"BLOCK_U": 32}),
+    ):  # fmt: skip
+        yield Case(target, kernel, "kept_tiles", kernel, types, constants, warps, 3, False, 0)
+
+
 def shipped_cases(target: str) -> list[Case]:
     """Everything that runs on a target ("sm_90" or "sm_80")."""
     return [
         *gemm_cases(target), *off_range_cases(target), *target_logit_cases(target),
-        *row_cases(target),
+        *row_cases(target), *kept_product_cases(target), *kept_tiles_cases(target),
     ]  # fmt: skip
 
 

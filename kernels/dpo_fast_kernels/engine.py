@@ -39,8 +39,12 @@ class Engine(Protocol):
         e: Tensor | None,
         stats: bool,
         vocabulary: Vocabulary,
+        bound: float | None = None,
     ) -> Scored:
-        """Log-probs of the rows; fills ``e`` [N, V], target entries included."""
+        """Log-probs of the rows; fills ``e`` [N, V], target entries included.
+
+        ``bound``: name the tiles that the filtered mode keeps (kept_tiles.py).
+        """
         ...
 
     def again(
@@ -67,6 +71,7 @@ class ExpGemm:
         e: Tensor | None,
         stats: bool,
         vocabulary: Vocabulary,
+        bound: float | None = None,
     ) -> Scored:
         return score_rows(
             operands,
@@ -76,6 +81,7 @@ class ExpGemm:
             e_dtype=self.e_dtype,
             stats=stats,
             vocabulary=vocabulary,
+            bound=bound,
         )
 
     def again(
@@ -100,7 +106,10 @@ class Logits:
         e: Tensor | None,
         stats: bool,
         vocabulary: Vocabulary,
+        bound: float | None = None,
     ) -> Scored:
+        if bound is not None:
+            raise ValueError("engine 'cublas' has no sums by tile to filter by; use 'triton'")
         n, vocab = operands.x.shape[0], operands.w.shape[0]
         widest = vocab if vocabulary.largest is None else vocabulary.largest
         chunk = max(1, LOGITS_BYTES // (4 * widest))

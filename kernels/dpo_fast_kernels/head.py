@@ -11,12 +11,17 @@ Three ways to hold E ``[N, V]``:
 - otherwise it is computed again in the backward, a slab of the vocabulary and a block of rows at a
   time; no memory of size N V, one more GEMM.
 
+With a ``bound`` the first two are filtered: dX and dW leave out tiles of E that hold less of each
+of their rows (kept_tiles.py). Approximate.
+
 Legend: N rows, H hidden, V vocabulary (of this shard), r rank of the head's adapter.
 """
 
 import torch
 from torch import Tensor
 
+from dpo_fast_kernels.kept_product import kept_product
+from dpo_fast_kernels.kept_tiles import count_tiles, kept_blocks
 from dpo_fast_kernels.problem import Gradients, Held, Problem, Scaled, Wanted, new_e, padded
 from dpo_fast_kernels.products import add_product, product, rounded_product
 from dpo_fast_kernels.recompute import give_back, recomputed
@@ -38,18 +43,24 @@ def forward(
     store: bool,
     vocabulary: Vocabulary = WHOLE,
     buffer: Tensor | None = None,
+    bound: float | None = None,
 ) -> Held:
     """Scores the rows and does what the backward needs and c does not enter."""
     operands, engine = problem.operands, problem.engine
     assert engine is not None
+    if bound is not None:
+        _check_filter(problem, wanted, store, vocabulary)
     n, vocab = operands.x.shape[0], operands.w.shape[0]
     if not (wanted.head or wanted.rows) or (wanted.head and not store):
         scored = engine.score(operands, target, e=None, stats=stats, vocabulary=vocabulary)
         return Held(scored)
     if wanted.head:
         e = new_e(n, vocab, engine.e_dtype, operands.x, buffer)
-        scored = engine.score(operands, target, e=e, stats=stats, vocabulary=vocabulary)
-        return Held(scored, e, *_row_products(problem, scored, e, wanted))
+        scored = engine.score(
+            operands, target, e=e, stats=stats, vocabulary=vocabulary, bound=bound
+        )
+        g, eb = _row_products(problem, scored, e, wanted)
+        return Held(scored, e, g, eb, None if scored.kept is None else scored.kept.mask)
     widest = vocab if vocabulary.largest is None else vocabulary.largest
     size = group_rows(n, padded(widest) * engine.e_dtype.itemsize)
     e = new_e(min(n, size), vocab, engine.e_dtype, operands.x, buffer)
@@ -59,8 +70,9 @@ def forward(
         part = problem._replace(operands=operands.rows(start, stop))
         chunk = e[: stop - start]
         scored = engine.score(
-            part.operands, target[start:stop], e=chunk, stats=stats, vocabulary=vocabulary
-        )
+            part.operands, target[start:stop], e=chunk, stats=stats, vocabulary=vocabulary,
+            bound=bound,
+        )  # fmt: skip
         parts.append(Held(scored, None, *_row_products(part, scored, chunk, wanted)))
     return _join(parts)
 
@@ -81,10 +93,27 @@ def _row_products(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``(E W + .., E B)`` as far as dX and dA need them, the fix's rounding given back."""
     operands, lora = problem.operands, problem.lora
-    g = product(e, operands.w) if wanted.hidden else None
+    g = None
+    if scored.kept is not None:
+        count_tiles(scored.kept, scored.state.s)
+        if wanted.hidden:
+            kept = scored.kept
+            g = kept_product(e, operands.w, kept.units, kept.lengths, transposed=False)
+    elif wanted.hidden:
+        g = product(e, operands.w)
     eb = product(e, lora[1].to(operands.w.dtype)) if lora is not None and wanted.rows else None
     give_back(problem, scored, g, eb)
     return g, eb
+
+
+def _check_filter(problem: Problem, wanted: Wanted, store: bool, vocabulary: Vocabulary) -> None:
+    """What the filtered mode is not built for."""
+    if wanted.head and not store:
+        raise ValueError("the filtered mode reads stored probabilities, and store=False")
+    if problem.lora is not None:
+        raise ValueError("the filtered mode takes no adapter on the head")
+    if vocabulary.reduce is not None:
+        raise ValueError("the filtered mode takes no vocabulary that is split over processes")
 
 
 def _join(parts: list[Held]) -> Held:
@@ -106,11 +135,13 @@ def backward(
     dlogps: Tensor,  # [N]
     wanted: Wanted,
     into: Gradients | None = None,
+    spare: int = 0,
 ) -> Gradients:
     """All gradients for ``dlogps``.
 
     Those of the head are added to ``into`` where it holds a tensor; then all are float32. Without
-    ``into`` dX and dW are rounded once to their input's dtype.
+    ``into`` dX and dW are rounded once to their input's dtype. ``spare``: bytes that a recomputing
+    backward may use beyond what it must.
     """
     operands, state = problem.operands, held.scored.state
     x = operands.x
@@ -137,10 +168,10 @@ def backward(
     into = Gradients() if into is None else into
     found, eb = Gradients(hidden=dhidden), held.eb
     if recompute:
-        found, eb = recomputed(problem, held.scored, scaled, wanted, into)
+        found, eb = recomputed(problem, held.scored, scaled, wanted, into, spare)
     elif wanted.head:
         assert held.e is not None
-        found = found._replace(**_head_gradients(held.e, scaled, wanted, into))
+        found = found._replace(**_head_gradients(held, scaled, wanted, into))
     if wanted.lora_a:
         assert eb is not None and problem.lora is not None
         lora_a = (eb * (v * problem.lora[2]).unsqueeze(1)).T @ x.float()
@@ -162,11 +193,17 @@ def half_unit(matrix: Tensor, dlogps: Tensor, s: Tensor, scale: float) -> Tensor
 
 
 def _head_gradients(
-    e: Tensor, scaled: Scaled, wanted: Wanted, into: Gradients
+    held: Held, scaled: Scaled, wanted: Wanted, into: Gradients
 ) -> dict[str, Tensor]:
     """dW, db, dB from stored E."""
-    found = {}
-    if scaled.xs is not None:
+    e, found = held.e, {}
+    assert e is not None
+    if scaled.xs is not None and held.mask is not None:
+        lists, dtype = kept_blocks(held.mask), scaled.dtype
+        found["weight"] = kept_product(
+            e, scaled.xs, *lists, transposed=True, dtype=dtype, into=into.weight
+        )
+    elif scaled.xs is not None:
         found["weight"] = _product_t(e, scaled.xs, scaled.unit, scaled.dtype, into.weight)
     if scaled.low is not None:
         f32 = torch.float32

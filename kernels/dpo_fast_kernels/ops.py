@@ -1,6 +1,6 @@
 """The LM head as two opaque operators with fake kernels, and the plain functions behind them.
 
-    linear_logprob_fwd(...) -> logps, state, col, stats, e, g, eb
+    linear_logprob_fwd(...) -> logps, state, col, stats, e, g, eb, mask
     linear_logprob_bwd(...) -> dhidden, dweight, dbias, dlora_a, dlora_b
 
 E and everything else that the backward reads are outputs: they belong to the graph that made them,
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpo_fast_kernels.choice import stored_dtype
 from dpo_fast_kernels.head import backward, forward
+from dpo_fast_kernels.kept_tiles import mask_shape
 from dpo_fast_kernels.problem import (
     Gradients,
     Held,
@@ -60,6 +61,7 @@ class Flat(NamedTuple):
     e: Tensor  # [N, V padded] or [0]
     g: Tensor  # [N, H] float32 or [0]
     eb: Tensor  # [N, r] float32 or [0]
+    mask: Tensor  # [B, U] int8 or [0]: the tiles of E that the filtered mode keeps
 
 
 def _lora(a: Tensor | None, b: Tensor | None, scale: float) -> Lora | None:
@@ -96,6 +98,7 @@ def run_forward(
     stats: bool,
     store: bool,
     engine: str | None,
+    bound: float | None = None,  # the filtered mode's
     buffer: Tensor | None = None,  # uint8, for E
     vocabulary: Vocabulary | None = None,  # where it is split over processes
 ) -> Flat:
@@ -113,6 +116,7 @@ def run_forward(
         store=store,
         vocabulary=where,
         buffer=buffer,
+        bound=bound,
     )
     state, rows = held.scored.state, held.scored.rows
     found = hidden.new_empty(0, dtype=torch.float32)
@@ -141,6 +145,7 @@ def run_forward(
         e,
         hidden.new_empty(0, dtype=torch.float32) if held.g is None else held.g,
         hidden.new_empty(0, dtype=torch.float32) if held.eb is None else held.eb,
+        hidden.new_empty(0, dtype=torch.int8) if held.mask is None else held.mask,
     )
 
 
@@ -158,9 +163,10 @@ def run_backward(
     engine: str | None,
     saved: Flat,
     dlogps: Tensor,  # [N]
+    spare: int = 0,
     into: Gradients | None = None,
 ) -> Gradients:
-    """Gradients for ``dlogps``; see :func:`dpo_fast_kernels.head.backward` for ``into``.
+    """Gradients for ``dlogps``; see :func:`dpo_fast_kernels.head.backward` for the rest.
 
     The values of weight and bias are read only if E was not stored though the head's gradients are
     asked for.
@@ -180,8 +186,9 @@ def run_backward(
         saved.e[:, :vocab] if saved.e.dim() == 2 else None,
         saved.g if saved.g.dim() == 2 else None,
         saved.eb if saved.eb.dim() == 2 else None,
+        saved.mask if saved.mask.dim() == 2 else None,
     )
-    return backward(problem, held, dlogps.contiguous(), want, into)
+    return backward(problem, held, dlogps.contiguous(), want, into, spare)
 
 
 @torch.library.custom_op("dpo_fast_kernels::linear_logprob_fwd", mutates_args=())
@@ -200,7 +207,8 @@ def linear_logprob_fwd(
     stats: bool,
     store: bool,
     engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bound: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`run_forward` as an operator."""
     return run_forward(
         hidden,
@@ -217,6 +225,7 @@ def linear_logprob_fwd(
         stats,
         store,
         engine,
+        bound,
     )
 
 
@@ -236,7 +245,8 @@ def _(
     stats: bool,
     store: bool,
     engine: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bound: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, width = hidden.shape
     want = Wanted(*wanted)
     held = want.rows and (store or not want.head)
@@ -250,6 +260,7 @@ def _(
     if want.head and store:
         e = hidden.new_empty(n, padded(weight.shape[0]), dtype=e_dtype)
     has_eb = lora_a is not None and held
+    masked = bound is not None and want.head and store
     return (
         hidden.new_empty(n, dtype=f32),
         hidden.new_empty(6, n, dtype=f32),
@@ -260,6 +271,9 @@ def _(
         hidden.new_empty(n, lora_a.shape[0], dtype=f32)
         if has_eb and lora_a is not None
         else none(),
+        hidden.new_empty(
+            mask_shape(n, weight.shape[0], hidden.device) if masked else 0, dtype=torch.int8
+        ),
     )
 
 
@@ -281,10 +295,12 @@ def linear_logprob_bwd(
     e: Tensor,
     g: Tensor,
     eb: Tensor,
+    mask: Tensor,
     dlogps: Tensor,
+    spare: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`run_backward` as an operator; a gradient not asked for has no elements."""
-    saved = Flat(logps, state, col, logps, e, g, eb)
+    saved = Flat(logps, state, col, logps, e, g, eb, mask)
     found = run_backward(
         hidden,
         weight,
@@ -298,6 +314,7 @@ def linear_logprob_bwd(
         engine,
         saved,
         dlogps,
+        spare,
     )
     a, b, c, d, f = (hidden.new_empty(0) if t is None else t for t in found)
     return a, b, c, d, f
@@ -321,7 +338,9 @@ def _(
     e: Tensor,
     g: Tensor,
     eb: Tensor,
+    mask: Tensor,
     dlogps: Tensor,
+    spare: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     want = Wanted(*wanted)
 

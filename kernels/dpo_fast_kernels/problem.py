@@ -54,6 +54,7 @@ class Held(NamedTuple):
     e: Tensor | None = None  # [N, V]
     g: Tensor | None = None  # [N, H] float32: dX without its row factor
     eb: Tensor | None = None  # [N, r] float32: E B, the same for the adapter
+    mask: Tensor | None = None  # [B, U] int8: tiles of E that the filtered mode keeps
 
 
 class Gradients(NamedTuple):

@@ -12,9 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from dpo_fast_kernels.exp_gemm import exp_gemm
+from dpo_fast_kernels.kept_tiles import KeptTiles, join_kept, kept_tiles
 from dpo_fast_kernels.off_range import off_range
 from dpo_fast_kernels.operands import Launch, Operands
 from dpo_fast_kernels.rows import RowState, compact, finish_rows, new_row_state, reduce_tiles
@@ -41,6 +43,7 @@ class Scored(NamedTuple):
     rows: TargetLogits
     state: RowState
     logit_sum: Tensor | None  # [N] over the vocabulary, capped, before the scale (softcap + stats)
+    kept: KeptTiles | None = None  # of E, in the filtered mode
 
 
 def score_rows(
@@ -52,8 +55,9 @@ def score_rows(
     e_dtype: torch.dtype,
     stats: bool,
     vocabulary: Vocabulary,
+    bound: float | None = None,
 ) -> Scored:
-    """Scores rows in blocks of :data:`ROW_BLOCK`."""
+    """Scores rows in blocks of :data:`ROW_BLOCK`. ``bound``: name the tiles that hold as much."""
     n = operands.x.shape[0]
     blocks = []
     for start in range(0, n, ROW_BLOCK):
@@ -67,12 +71,17 @@ def score_rows(
                 e_dtype,
                 stats,
                 vocabulary,
+                bound,
             )
         )
     if not blocks:
         rows = target_logits(operands, launch, target, ignore_index=0, vocab_start=0, vocab_total=0)
         state = new_row_state(0, stats, target.device)
-        return Scored(rows, state, rows.zy if stats else None)
+        kept = None
+        if bound is not None:
+            part = rows.zy.new_empty(triton.cdiv(operands.w.shape[0], launch.tile.unit), 0)
+            kept = kept_tiles(part, state.s, rows.col, rows.col, bound)
+        return Scored(rows, state, rows.zy if stats else None, kept)
     return blocks[0] if len(blocks) == 1 else join_blocks(blocks)
 
 
@@ -83,7 +92,9 @@ def join_blocks(blocks: list[Scored]) -> Scored:
 
     rows = TargetLogits(*(torch.cat(t) for t in zip(*(b.rows for b in blocks), strict=True)))
     state = RowState(*(join(t) for t in zip(*(b.state for b in blocks), strict=True)))  # type: ignore[arg-type]
-    return Scored(rows, state, join(tuple(b.logit_sum for b in blocks)))
+    kept = [b.kept for b in blocks if b.kept is not None]
+    logit_sum = join(tuple(b.logit_sum for b in blocks))
+    return Scored(rows, state, logit_sum, join_kept(kept) if kept else None)
 
 
 def _score_block(
@@ -94,6 +105,7 @@ def _score_block(
     e_dtype: torch.dtype,
     stats: bool,
     vocabulary: Vocabulary,
+    bound: float | None,
 ) -> Scored:
     n, vocab = operands.x.shape[0], operands.w.shape[0]
     reduce = vocabulary.reduce
@@ -122,6 +134,7 @@ def _score_block(
     )
     finish(sums, rows, state, flag, lost=lost)
     again = _Again(flag, *compact(flag), reduce)
+    kept = None if bound is None else kept_tiles(part[0], state.s, flag, rows.col, bound)
     tiles = -(-vocab // launch.tile.block_v)
     part = part.view(-1)[: part.shape[0] * tiles * n].view(-1, tiles, n)  # used again, by tile
     rows = _true_maximum(operands, launch, rows, again, part)
@@ -133,7 +146,9 @@ def _score_block(
     if lost is not None and lost_part is not None:
         lost = again.reduced(lost_part.unsqueeze(0), lost.unsqueeze(0), launch.programs)[0]
     finish(sums, rows, state, flag, lost=lost, index=again.rows, count=again.number, from_k=True)
-    return Scored(rows, state, sums[4] if stats and operands.softcap is not None else None)
+    if kept is not None:
+        state = state._replace(delta=state.delta + kept.skipped)
+    return Scored(rows, state, sums[4] if stats and operands.softcap is not None else None, kept)
 
 
 def _reduced(

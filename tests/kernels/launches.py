@@ -26,10 +26,14 @@ from triton.runtime.jit import JITFunction
 
 from dpo_fast_kernels import aot, operands
 from dpo_fast_kernels.ops import Flat, run_backward, run_forward
+from dpo_fast_kernels.problem import Gradients
 from dpo_fast_kernels.segment import segment_sum
 
 CAPABILITIES = {"sm_90": (9, 0), "sm_80": (8, 0)}
-EXACT = {"_exp_gemm_kernel"}  # every variant that is launched is compiled; else the blocks
+EXACT = {
+    "_exp_gemm_kernel",
+    "_kept_product_kernel",
+}  # every variant that is launched is compiled; else the blocks
 
 
 class NoDriver:
@@ -90,8 +94,9 @@ def recorded(capability: tuple[int, int]) -> tuple[list[Launch], Any]:
 
 def problems() -> Iterator[dict[str, Any]]:
     """Calls of the head: features, modes, alignment."""
+    modes = ("store", "again", "frozen", "none", "filtered", "filtered, added")
     for width, tail, cap, stats, mode in product(
-        (128, 127), (False, True), (None, 30.0), (False, True), ("store", "again", "frozen", "none")
+        (128, 127), (False, True), (None, 30.0), (False, True), modes
     ):
         yield {"width": width, "tail": tail, "cap": cap, "stats": stats, "mode": mode}
 
@@ -102,16 +107,21 @@ def call(width: int, tail: bool, cap: float | None, stats: bool, mode: str, engi
     normal = lambda *shape: torch.randn(*shape).bfloat16()
     x, w = normal(n, width), normal(vocab, width)
     target = torch.randint(vocab, (n,))
+    filtered = mode.startswith("filtered")
+    if filtered and (engine != "triton" or tail):
+        return
     bias, a, b = (normal(vocab), normal(8, width), normal(vocab, 8)) if tail else (None,) * 3
-    trained = mode in ("store", "again")
+    trained = mode in ("store", "again") or filtered
     wanted = [mode != "none", trained, trained and tail, trained and tail, trained and tail]
     head = (0.5, cap, 1.0)
-    flat = run_forward(
-        x, w, target, bias, a, b, *head, -100, wanted, stats, mode == "store", engine
-    )
+    store, bound = mode == "store" or filtered, 1e-4 if filtered else None
+    flat = run_forward(x, w, target, bias, a, b, *head, -100, wanted, stats, store, engine, bound)
     if mode != "none":
-        saved = Flat(*flat)
-        run_backward(x, w, bias, a, b, *head, wanted, engine, saved, torch.randn(n))
+        saved, into = Flat(*flat), None
+        if mode == "filtered, added":
+            into = Gradients(weight=torch.zeros(vocab, width))
+        upstream = torch.randn(n)
+        run_backward(x, w, bias, a, b, *head, wanted, engine, saved, upstream, into=into)
 
 
 def constants_of(case: aot.Case) -> dict[str, Any]:
@@ -179,6 +189,8 @@ def run(target: str, compiled: bool) -> dict[str, Any]:
     with (
         recording,
         mock.patch.object(operands, "capability_of", lambda x: capability),
+        mock.patch("dpo_fast_kernels.kept_tiles.capability_of", lambda x: capability),
+        mock.patch("dpo_fast_kernels.kept_product.capability_of", lambda x: capability),
         mock.patch("dpo_fast_kernels.operands.num_programs", lambda x: 132),
         mock.patch("dpo_fast_kernels.engine.num_programs", lambda x: 132),
     ):

@@ -48,6 +48,7 @@ def run(
     frozen: bool = False,
     stats: bool = False,
     wide: bool = False,
+    bound: float | None = None,
     upstream: Tensor | None = None,
 ) -> Result:
     """Forward and backward of the kernels on a case."""
@@ -73,7 +74,9 @@ def run(
     wanted = Wanted(
         True, head, head and kw.get("bias") is not None, lora is not None, head and lora is not None
     )
-    held = kernels.forward(problem, case.target, wanted=wanted, stats=stats, store=store)
+    held = kernels.forward(
+        problem, case.target, wanted=wanted, stats=stats, store=store, bound=bound
+    )
     dlogps = upstream_of(case) if upstream is None else upstream
     grads = kernels.backward(problem, held, dlogps, wanted, Gradients() if wide else None)
     named = {n: g for n, g in zip(Gradients._fields, grads, strict=True) if g is not None}

@@ -20,7 +20,7 @@ def forward_args(wanted, *, stats=True, store=True, engine=None):
     case = make_case(9, 16, 37, bias=True, rank=2, requires_grad=())
     lora = case.kwargs["lora"]
     args = (case.hidden, case.weight, case.target, case.kwargs["bias"], lora.a, lora.b, 0.5)
-    return (*args, 7.0, 0.8, -100, wanted, stats, store, engine)
+    return (*args, 7.0, 0.8, -100, wanted, stats, store, engine, None)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,9 @@ def test_opcheck(engine, wanted, store):
     args = forward_args(wanted, store=store, engine=engine)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(linear_logprob_fwd, args, test_utils=checks)
-    logps, state, col, _, e, g, eb = linear_logprob_fwd(*args)
+    logps, state, col, _, e, g, eb, mask = linear_logprob_fwd(*args)
     back = (*args[:2], *args[3:7], 7.0, 0.8, wanted, engine)
-    saved = (logps, state, col, e, g, eb, torch.randn(9))
+    saved = (logps, state, col, e, g, eb, mask, torch.randn(9), 0)
     torch.library.opcheck(linear_logprob_bwd, (*back, *saved), test_utils=checks)
 
 

@@ -133,8 +133,8 @@ class HeadBackend(Protocol):
 
         ``buffer``: uint8 scratch of at least ``buffer_bytes(N, row_bytes)``. What ``store`` keeps
         goes there; the caller promises not to use it again before ``backward`` has run.
-        ``spare``: bytes that a backward which computes probabilities again may use beyond what it
-        must; it may ignore them.
+        ``spare``: bytes that may be used, beyond what must be, by a backward which computes
+        probabilities again and by a frozen head's groups of rows; it may be ignored.
         """
         ...
 

@@ -66,14 +66,8 @@ class TritonBackend:
         scalars = (lora_scale, head.softcap, head.scale)
         args: Any = (hidden, head.weight, target, head.bias, a, b, *scalars)
         # Every row is scored here, so no target means "ignored".
-        args += (
-            _NO_TARGET,
-            list(needs),
-            bool(outputs),
-            store,
-            self.engine,
-            self.bound if any(needs) else None,
-        )
+        args += (_NO_TARGET, list(needs), bool(outputs), store, self.engine)
+        args += (self.bound if any(needs) else None, spare)
         plain: Any = partial(run_forward, buffer=buffer, vocabulary=_vocabulary(head.shard))
         opaque = buffer is None and head.shard is None
         flat = Flat(*(linear_logprob_fwd if opaque else plain)(*args))

@@ -53,7 +53,7 @@ def fused_linear_dpo(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     lora: HeadLoRA | None = None,
     group: Any = None,
     sequence_group: Any = None,
@@ -101,8 +101,8 @@ def fused_linear_dpo(
             engine must sum gradients over the group (where it averages, multiply the loss by the
             group's size). ``ref_logps`` are of whole sequences, lengths in ``stats`` as well.
         group: as :func:`linear_logprobs`; ``ref_weight`` is then split like ``weight``.
-        outputs, backend, mode, workspace, main_grad, filter_bound, and the head's parameters: as
-            :func:`linear_logprobs`.
+        outputs, backend, mode, workspace, main_grad, filter_bound, ignore_index, and the head's
+            parameters: as :func:`linear_logprobs`.
 
     Returns:
         :class:`FusedDPOOutput`.
@@ -215,7 +215,7 @@ def _run(job: FusedJob, hidden: Tensor, head: LinearHead) -> FusedDPOOutput:
     wanted = None  # of the rows of hidden states
     if keep is not None:
         wanted = lambda states: states[keep]
-    elif scored.masked is not None:
+    elif scored.masked is not None and scored.ignore_index is not None:
         wanted = scored.masked.rows
     if wanted is not None:
         hidden = wanted(hidden)

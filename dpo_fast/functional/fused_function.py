@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     cu_seqlens: Tensor  # [S + 1]
     seq_lens: Any  # host lengths, or None
     token_weight: Tensor | None  # [N]
-    ignore_index: int
+    ignore_index: int | None
     masked: MaskedTargets | None = None  # None: every row counts
 
     def drop_ignored(self, vocab: int) -> tuple["Rows", Tensor | None]:
@@ -58,8 +58,8 @@ class Rows(NamedTuple):
         if not host.on_host(self.target):
             masked = mask_targets(self.target, vocab, self.ignore_index)
             return self._replace(target=masked.target, masked=masked), None
-        valid = self.target != self.ignore_index
-        if bool(valid.all()):
+        valid = None if self.ignore_index is None else self.target.ne(self.ignore_index)
+        if valid is None or bool(valid.all()):
             return self, None
         keep = valid.nonzero().squeeze(1)
         weight = self.token_weight

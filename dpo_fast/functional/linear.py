@@ -38,7 +38,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     lora: HeadLoRA | None = None,
     group: Any = None,
     outputs: Sequence[str] = (),
@@ -56,6 +56,8 @@ def linear_logprobs(
         torch.log_softmax(z.float(), -1).gather(-1, target[:, None])[:, 0]
 
     Args:
+        ignore_index: the target of rows to skip. None: there are none, which saves a device a copy
+            of hidden and of its gradient.
         lora: adapter on the head, ``x W^T + scale * (x a^T) b^T``.
         outputs: statistics to return as well, out of "entropy", "mean_logit", "is_top1",
             "log_sum_sq_probs"; they carry no gradient.
@@ -125,18 +127,19 @@ class Scoring(NamedTuple):
 
 
 def score_valid(
-    how: Scoring, hidden: Tensor, head: LinearHead, target: Tensor, ignore_index: int
+    how: Scoring, hidden: Tensor, head: LinearHead, target: Tensor, ignore_index: int | None
 ) -> LinearLogprobs:
     """Scores the rows that are not ignored; the others get zeros and no gradient."""
     if not host.on_host(target):
         masked = mask_targets(target, head.vocab, ignore_index)
-        return _map(score(how, masked.rows(hidden), head, masked.target), masked.values)
-    valid = target != ignore_index
-    if bool(valid.all()):
+        rows = hidden if ignore_index is None else masked.rows(hidden)
+        return _map(score(how, rows, head, masked.target), masked.values)
+    valid = None if ignore_index is None else target.ne(ignore_index)
+    if valid is None or bool(valid.all()):
         return score(how, hidden, head, target)
-    rows = valid.nonzero().squeeze(1)
-    result = score(how, hidden[rows], head, target[rows])
-    return _map(result, lambda t: t.new_zeros(target.shape).index_put((rows,), t))
+    keep = valid.nonzero().squeeze(1)
+    result = score(how, hidden[keep], head, target[keep])
+    return _map(result, lambda t: t.new_zeros(target.shape).index_put((keep,), t))
 
 
 def _map(result: LinearLogprobs, change: Callable[[Tensor], Tensor]) -> LinearLogprobs:

@@ -27,9 +27,11 @@ class MaskedTargets(NamedTuple):
         return torch.where(self.counts, per_token, self.fill.to(per_token.dtype))
 
 
-def mask_targets(target: Tensor, vocab: int, ignore_index: int) -> MaskedTargets:
+def mask_targets(target: Tensor, vocab: int, ignore_index: int | None) -> MaskedTargets:
     """:class:`MaskedTargets` of ``target [N]``, without a device sync."""
-    ignored = target == ignore_index
+    ignored = torch.zeros_like(target, dtype=torch.bool)
+    if ignore_index is not None:
+        ignored = target == ignore_index
     inside = (target >= 0) & (target < vocab)
     counts = inside & ~ignored
     fill = torch.where(ignored, 0.0, torch.nan).to(torch.float32)

@@ -24,7 +24,7 @@ def sequence_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     lora: HeadLoRA | None = None,
     group: Any = None,
     sequence_group: Any = None,

@@ -49,7 +49,9 @@ def check_same(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
         )
 
 
-def check_target(target: Tensor, rows: int, vocab: int, ignore_index: int, like: Tensor) -> None:
+def check_target(
+    target: Tensor, rows: int, vocab: int, ignore_index: int | None, like: Tensor
+) -> None:
     """int64 ``[N]`` on the right device; the range is checked where :mod:`host` lets it."""
     if target.shape != (rows,) or target.dtype != torch.int64:
         raise ValueError(
@@ -62,12 +64,15 @@ def check_target(target: Tensor, rows: int, vocab: int, ignore_index: int, like:
         )
     if target.numel() == 0 or not host.may_check(target):
         return
-    bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    bad = (target < 0) | (target >= vocab)
+    if ignore_index is not None:
+        bad &= target != ignore_index
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"target[{row}] = {int(target[row])} is outside the vocabulary [0, {vocab}); "
             f"rows to skip must hold ignore_index = {ignore_index}"
+            + (", which says that there are none" if ignore_index is None else "")
         )
 
 
@@ -208,7 +213,7 @@ def check_tokens(
     hidden: Tensor,
     vocab: int,
     target: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     cu_seqlens: Tensor,
     token_weight: Tensor | None,
 ) -> None:

@@ -134,6 +134,7 @@ class Objective:
             stats=stats,
             pair_weight=counts.pair_weight(plan.num_pairs),
             token_weight=None if args.ld_alpha is None else plan.ld_weight(args.ld_alpha),
+            ignore_index=None,
             outputs=TOKEN_OUTPUTS if token_stats else (),
             backend=args.lm_head_backend,
             workspace=args.lm_head_workspace,

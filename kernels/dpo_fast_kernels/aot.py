@@ -211,7 +211,13 @@ def row_cases(target: str) -> Iterator[Case]:
 
     for maximum in (False, True):
         yield case(
-            "rows", "_reduce_tiles_kernel", BLOCK_N=32, BLOCK_T=64, MAXIMUM=maximum, INDIRECT=True
+            "rows",
+            "_reduce_tiles_kernel",
+            8,
+            BLOCK_N=32,
+            BLOCK_T=256,
+            MAXIMUM=maximum,
+            INDIRECT=True,
         )
     for redo in (False, True):
         gone: dict[str, Any] = {} if redo else {"rows_ptr": None, "count_ptr": None}

@@ -28,7 +28,8 @@ from dpo_fast_kernels.recompute import give_back, recomputed
 from dpo_fast_kernels.row_scale import column_sum, row_scale
 from dpo_fast_kernels.scoring import Scored, Vocabulary, join_blocks
 
-GROUP_BYTES = 2**29  # E of a group of rows under a frozen head
+GROUP_BYTES = 2**29  # E of a group of rows under a frozen head, at least
+MOST_GROUP_BYTES = 2**30  # and at most: 7 % faster on an H200, and more gains nothing at H = 4096
 ROW_TILE = 128  # rows of a group are a multiple of it, or the last tile of each GEMM is wasted
 
 WHOLE = Vocabulary()
@@ -44,8 +45,12 @@ def forward(
     vocabulary: Vocabulary = WHOLE,
     buffer: Tensor | None = None,
     bound: float | None = None,
+    spare: int = 0,
 ) -> Held:
-    """Scores the rows and does what the backward needs and c does not enter."""
+    """Scores the rows and does what the backward needs and c does not enter.
+
+    ``spare``: bytes that E may occupy under a frozen head, beyond :data:`GROUP_BYTES`.
+    """
     operands, engine = problem.operands, problem.engine
     assert engine is not None
     if bound is not None:
@@ -62,7 +67,7 @@ def forward(
         g, eb = _row_products(problem, scored, e, wanted)
         return Held(scored, e, g, eb, None if scored.kept is None else scored.kept.mask)
     widest = vocab if vocabulary.largest is None else vocabulary.largest
-    size = group_rows(n, padded(widest) * engine.e_dtype.itemsize)
+    size = group_rows(n, padded(widest) * engine.e_dtype.itemsize, spare)
     e = new_e(min(n, size), vocab, engine.e_dtype, operands.x, buffer)
     parts = []
     for start in range(0, max(n, 1), size):
@@ -77,9 +82,9 @@ def forward(
     return _join(parts)
 
 
-def group_rows(rows: int, row_bytes: int) -> int:
-    """Rows of a group: as equal as whole row tiles allow, and within :data:`GROUP_BYTES`."""
-    fit = max(1, GROUP_BYTES // row_bytes)
+def group_rows(rows: int, row_bytes: int, spare: int = 0) -> int:
+    """Rows of a group: as equal as whole row tiles allow, and within the group's bytes."""
+    fit = max(1, max(GROUP_BYTES, min(spare, MOST_GROUP_BYTES)) // row_bytes)
     if rows <= fit:
         return max(1, rows)
     tile = ROW_TILE if fit >= ROW_TILE else 1

@@ -99,6 +99,7 @@ def run_forward(
     store: bool,
     engine: str | None,
     bound: float | None = None,  # the filtered mode's
+    spare: int = 0,
     buffer: Tensor | None = None,  # uint8, for E
     vocabulary: Vocabulary | None = None,  # where it is split over processes
 ) -> Flat:
@@ -117,6 +118,7 @@ def run_forward(
         vocabulary=where,
         buffer=buffer,
         bound=bound,
+        spare=spare,
     )
     state, rows = held.scored.state, held.scored.rows
     found = hidden.new_empty(0, dtype=torch.float32)
@@ -208,6 +210,7 @@ def linear_logprob_fwd(
     store: bool,
     engine: str | None,
     bound: float | None,
+    spare: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`run_forward` as an operator."""
     return run_forward(
@@ -226,6 +229,7 @@ def linear_logprob_fwd(
         store,
         engine,
         bound,
+        spare,
     )
 
 
@@ -246,6 +250,7 @@ def _(
     store: bool,
     engine: str | None,
     bound: float | None,
+    spare: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, width = hidden.shape
     want = Wanted(*wanted)

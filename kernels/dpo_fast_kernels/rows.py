@@ -198,8 +198,8 @@ def reduce_tiles(
     blocks = triton.cdiv(n, 32)
     grid = (min(blocks, programs) if index is not None else blocks, planes)
     _reduce_tiles_kernel[grid](
-        part, index, count, out, n, tiles, BLOCK_N=32, BLOCK_T=64, MAXIMUM=maximum,
-        INDIRECT=index is not None, num_warps=4, enable_fp_fusion=False,
+        part, index, count, out, n, tiles, BLOCK_N=32, BLOCK_T=256, MAXIMUM=maximum,
+        INDIRECT=index is not None, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 

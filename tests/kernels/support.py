@@ -49,6 +49,7 @@ def run(
     stats: bool = False,
     wide: bool = False,
     bound: float | None = None,
+    spare: int = 0,
     upstream: Tensor | None = None,
 ) -> Result:
     """Forward and backward of the kernels on a case."""
@@ -78,7 +79,8 @@ def run(
         problem, case.target, wanted=wanted, stats=stats, store=store, bound=bound
     )
     dlogps = upstream_of(case) if upstream is None else upstream
-    grads = kernels.backward(problem, held, dlogps, wanted, Gradients() if wide else None)
+    into = Gradients() if wide else None
+    grads = kernels.backward(problem, held, dlogps, wanted, into, spare)
     named = {n: g for n, g in zip(Gradients._fields, grads, strict=True) if g is not None}
     state = held.scored.state
     found = {} if state.stats is None else dict(zip(STATISTICS, state.stats, strict=True))

@@ -184,6 +184,7 @@ def test_target_out_of_range_is_nan_without_a_stray_read():
     for backend in ("triton", "chunked"):
         found = linear_logprobs(hidden, weight, target, backend=backend)
         assert found.isnan().nonzero().flatten().tolist() == [3, 77, 90] and found[5] == 0
-    args = (None, None, None, 0.0, None, 1.0, -100, [False] * 5, False, False, None)
+    args = (None, None, None, 0.0, None, 1.0, -100, [False] * 5, False, False)
+    args += (None, None, 0)
     raw = linear_logprob_fwd(hidden.detach(), weight.detach(), target, *args)[0]
     assert torch.equal(raw.isnan(), found.isnan()) and raw[5] == 0

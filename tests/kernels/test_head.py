@@ -138,7 +138,27 @@ def test_literal_groups():
 
     assert group_rows(8192, 128256 * 2) == 2048
     assert group_rows(8192, 152064 * 2) == 1664
+    assert group_rows(8192, 128256 * 2, 2**40) == 4096
+    assert group_rows(8192, 128256 * 2, 2**20) == 2048
     assert group_rows(500, 128256 * 2) == 500
+
+
+def test_slabs_grow_with_what_is_to_spare():
+    from dpo_fast_kernels.recompute import slab_columns
+
+    assert slab_columns(8192, 128256, 4096, 2, 0) == 2048
+    assert slab_columns(8192, 128256, 4096, 2, 2**40) == 8192
+    assert slab_columns(8192, 128256, 4096, 2, 2**27) == 4096
+    assert slab_columns(512, 1000, 4096, 2, 2**40) == 1000
+
+
+@pytest.mark.parametrize("spare", [0, 33 * (7 * 4 + 4 * 24), 2**40])
+def test_wider_slabs_give_the_same(spare, monkeypatch):
+    from dpo_fast_kernels import recompute
+
+    monkeypatch.setattr(recompute, "SLAB_COLUMNS", 16)
+    monkeypatch.setattr(recompute, "SLAB_ROWS", 7)
+    compare(small_case("all"), "triton", store=False, spare=spare)
 
 
 def test_slabs_and_blocks_of_the_recomputing_backward(monkeypatch):

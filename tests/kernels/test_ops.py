@@ -20,7 +20,7 @@ def forward_args(wanted, *, stats=True, store=True, engine=None):
     case = make_case(9, 16, 37, bias=True, rank=2, requires_grad=())
     lora = case.kwargs["lora"]
     args = (case.hidden, case.weight, case.target, case.kwargs["bias"], lora.a, lora.b, 0.5)
-    return (*args, 7.0, 0.8, -100, wanted, stats, store, engine, None)
+    return (*args, 7.0, 0.8, -100, wanted, stats, store, engine, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,7 @@ def ours(x: Inputs, **options: Any) -> Step:
             loss=SigmoidPairs(),
             seq_lens=x.lens,
             softcap=x.shape.softcap,
+            ignore_index=None,  # every row has a target, for all variants
             **reference,
             **options,
         )

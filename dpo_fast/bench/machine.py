@@ -68,12 +68,14 @@ def _cpu_model() -> str:
 def _commit() -> str:
     """The commit of the code that is measured; "-dirty" if anything but results differs from it.
 
-    Outside a clone: what DPO_FAST_COMMIT names, for copies of a clone without its history, else the
-    version of the package.
+    DPO_FAST_COMMIT names it where the history here is not that of the sources (a copy on another
+    machine). Outside a clone: the version of the package.
     """
+    if named := os.environ.get("DPO_FAST_COMMIT"):
+        return named
     head = _git("rev-parse", "--short", "HEAD")
     if not head:
-        return os.environ.get("DPO_FAST_COMMIT", f"dpo-fast {package_version('dpo-fast')}")
+        return f"dpo-fast {package_version('dpo-fast')}"
     changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     return head + ("-dirty" if changed else "")
 

@@ -29,7 +29,7 @@ def panel(axis: Any, title: str, providers: dict[str, Any]) -> None:
         axis.text(times[y], y, text, va="center", fontsize=6)
     out = [n for n in providers if n not in names]
     axis.set_title(title + (f"\nnot here: {', '.join(out)}" if out else ""), fontsize=7)
-    axis.set_xlim(0, 1.6 * max(times))
+    axis.set_xlim(0, 1.75 * max(times))
     axis.invert_yaxis()
     axis.tick_params(labelsize=6)
 
@@ -51,7 +51,7 @@ def draw(parts: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
     labels = {"gpu": "", "torch": "torch ", "triton": "triton ", "date": ""}
     line = ", ".join(f"{label}{machine.get(k, '?')}" for k, label in labels.items())
     figure.suptitle(f"LM head of a DPO step, milliseconds ({line})", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.97))
+    figure.tight_layout(rect=(0, 0, 1, 0.99))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

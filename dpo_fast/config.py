@@ -184,6 +184,11 @@ class DPOConfig(TrainingArguments):
     lm_head_workspace: int | None = _option(
         None, "Bytes of probabilities that the LM head may hold; None: by device (1 GiB on a GPU)."
     )
+    lm_head_filter_bound: float | None = _option(
+        None,
+        "APPROXIMATE, CUDA and bfloat16 only: gradients leave out tiles of 128 rows by 128 tokens "
+        "that hold less than this share of each row's probability, as 2e-4. None: exact.",
+    )
 
     def __post_init__(self) -> None:
         self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
@@ -238,6 +243,11 @@ class DPOConfig(TrainingArguments):
             )
         if self.lm_head_workspace is not None and self.lm_head_workspace < 1:
             raise ValueError(f"lm_head_workspace={self.lm_head_workspace} bytes must be positive.")
+        if self.lm_head_filter_bound is not None and not 0.0 <= self.lm_head_filter_bound < 1.0:
+            raise ValueError(
+                f"lm_head_filter_bound={self.lm_head_filter_bound} must lie in [0, 1): a share "
+                "of a row's probability; None for exact gradients."
+            )
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             raise ValueError(f"ld_alpha={self.ld_alpha} must lie in [0, 1]: 1 is plain DPO.")
         self._resolve_padding()

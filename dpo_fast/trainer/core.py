@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from dpo_fast.backends import choose as choose_backend
+from dpo_fast.backends import filtered
 from dpo_fast.batch import COUNT_KEYS
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
@@ -127,7 +128,11 @@ class Trainer(
         parts = setup.build_parts(
             model, ref_model, args, processing_class, quantization_config, peft_config
         )
-        choose_backend(args.lm_head_backend, args.device.type, setup.head_dtype(parts.policy, args))
+        head_dtype = setup.head_dtype(parts.policy, args)
+        backend = choose_backend(args.lm_head_backend, args.device.type, head_dtype)
+        filtered(
+            backend, args.lm_head_filter_bound
+        )  # what cannot run is refused before data is read
         self.loss = setup.build_objective_loss(args)
         plan = choose_reference(
             args,

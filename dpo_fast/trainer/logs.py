@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from dpo_fast.functional import filter_report
 from dpo_fast.metrics import MetricBuffer, NonFinite, micro_batch_sums
 from dpo_fast.perf import PerfMeter
 from dpo_fast.trainer.objective import ObjectiveOutput
@@ -65,6 +66,8 @@ class LogsMixin:
             metrics, counts = popped
             if mode == "train":
                 metrics |= self._perf.lap(counts)
+                if self.args.lm_head_filter_bound is not None:
+                    metrics |= _filtered_share()
             prefix = "eval_" if mode == "eval" else ""
             logs.update({prefix + key: value for key, value in metrics.items()})
         super().log(logs, start_time)  # type: ignore[misc]
@@ -98,6 +101,12 @@ class LogsMixin:
             "fp32; the last complete checkpoint is untouched. logging_nan_inf_filter=True goes on "
             "regardless."
         )
+
+
+def _filtered_share() -> dict[str, float]:
+    """What the filtered LM head of this rank kept since the last log."""
+    report = filter_report()
+    return {} if report is None else {f"lm_head/{k}": v for k, v in report._asdict().items()}
 
 
 def is_log_step(args: TrainingArguments, state: Any, step: int) -> bool:

@@ -138,6 +138,7 @@ class Objective:
             outputs=TOKEN_OUTPUTS if token_stats else (),
             backend=args.lm_head_backend,
             workspace=args.lm_head_workspace,
+            filter_bound=args.lm_head_filter_bound,
             sequence_group=group,
             **head.kwargs(),
             **ref_kwargs,

@@ -71,6 +71,7 @@ def test_removed_and_unknown_trainer_arguments() -> None:
         ({"ld_alpha": -0.1}, "ld_alpha"),
         ({"pad_to_multiple_of": "many"}, "pad_to_multiple_of"),
         ({"lm_head_workspace": 0}, "lm_head_workspace"),
+        ({"lm_head_filter_bound": 1.0}, "lm_head_filter_bound=1.0 must lie in"),
     ],
 )
 def test_config_values(config: dict[str, Any], message: str) -> None:
@@ -90,6 +91,7 @@ def test_config_values(config: dict[str, Any], message: str) -> None:
         ({"reference": "frozen", "sync_ref_model": True}, "name two references"),
         ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef"),
         ({"lm_head_backend": "cuda"}, "lm_head_backend|backend"),
+        ({"lm_head_filter_bound": 1e-3, "lm_head_backend": "chunked"}, "backend here is 'chunked'"),
     ],
 )
 def test_combinations(config: dict[str, Any], message: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dpo_fast
+from tests.kernels.support import interpreted
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.cells import lora_config
 from tests.trainer.parity import config_kwargs, perturbed, relative_update_error, rows, train
@@ -71,6 +72,24 @@ def test_backends_agree(backend: str) -> None:
         ref_model=reference, optim="sgd", learning_rate=0.05, max_steps=2, lm_head_backend=backend
     )
     assert relative_update_error(other, expected) < 1e-5
+
+
+@interpreted
+def test_filtered_head() -> None:
+    """A bound of 0 is the exact training; a bound is near it, and the log says what was kept."""
+    how = {
+        "ref_model": perturbed(tiny_model("llama")), "optim": "sgd", "learning_rate": 0.05,
+        "max_steps": 2, "lm_head_backend": "triton",
+    }  # fmt: skip
+    exact, everything = run(**how), run(**how, lm_head_filter_bound=0.0)
+    assert relative_update_error(everything, exact) < 1e-5
+    assert everything.log[0]["lm_head/kept_share"] == 1.0
+    near = run(**how, lm_head_filter_bound=0.05)
+    assert near.log[0]["loss"] == everything.log[0]["loss"]
+    assert 0.2 < near.log[0]["lm_head/kept_share"] < 1.0
+    assert 0.0 < near.log[0]["lm_head/most_skipped"] < 1.0
+    assert 1e-5 < relative_update_error(near, exact) < 0.5
+    assert "lm_head/kept_share" not in exact.log[0]
 
 
 def test_lora_on_the_head_is_trained_and_equals_its_merged_twin() -> None:

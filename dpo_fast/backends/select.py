@@ -109,9 +109,9 @@ def filtered(backend: HeadBackend, bound: float | None) -> HeadBackend:
     """
     if bound is None:
         return backend
-    if not 0 <= bound < 1:
+    if not isinstance(bound, int | float) or not 0 <= bound < 1:
         raise ValueError(
-            f"filter_bound={bound} must lie in [0, 1): the share of a row's probability below "
+            f"filter_bound={bound!r} must lie in [0, 1): the share of a row's probability below "
             "which a tile is left out of the gradients; None leaves out nothing"
         )
     if backend.name != "triton":

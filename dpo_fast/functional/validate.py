@@ -69,10 +69,13 @@ def check_target(
         bad &= target != ignore_index
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
+        remedy = f"rows to skip must hold ignore_index = {ignore_index}"
+        if ignore_index is None:
+            remedy = (
+                "ignore_index=None says that no row is skipped; name the target of those to skip"
+            )
         raise ValueError(
-            f"target[{row}] = {int(target[row])} is outside the vocabulary [0, {vocab}); "
-            f"rows to skip must hold ignore_index = {ignore_index}"
-            + (", which says that there are none" if ignore_index is None else "")
+            f"target[{row}] = {int(target[row])} is outside the vocabulary [0, {vocab}); {remedy}"
         )
 
 

@@ -7,7 +7,8 @@ most the workspace of probabilities, scratch, and a few matrices of ``[N, H]``; 
 the backward, float32 gradients of the hidden states and of a trained head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch import Tensor
 from dpo_fast.backends import HeadBackend, LinearHead, Needs, buffer_bytes
 from dpo_fast.backends.scratch import KEEP_BYTES
 from dpo_fast.functional.groups import plan_groups
-from dpo_fast.functional.linear import may_store
+from dpo_fast.functional.linear import may_store, spare_bytes
 
 
 class HeadMemory(NamedTuple):
@@ -77,7 +78,9 @@ def head_memory(
         groups = plan_groups([0, *accumulate(seq_lens)], max_rows)
         grouped = len(groups) > 1
         most = max((g.rows for g in groups if g.rows <= max_rows), default=0)
-    measure = {"cpu": _compiled, "triton": _triton}.get(backend.name, _chunked)
+    triton = partial(_triton, spare=spare_bytes(backend, head, None, workspace))
+    by_name: dict[str, Callable[..., tuple[int, int]]] = {"cpu": _compiled, "triton": triton}
+    measure = by_name.get(backend.name, _chunked)
     room, rows = measure(backend, weight, needs, most)
     if grouped:  # each group's hidden states, and its part of their gradient
         rows += most * weight.shape[1] * (weight.element_size() + 4)
@@ -139,14 +142,16 @@ def _chunked(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int
     return room, (1 + narrow + needs.weight) * _matrix(weight, rows)
 
 
-def _triton(backend: Any, weight: Tensor, needs: Needs, rows: int) -> tuple[int, int]:
+def _triton(
+    backend: Any, weight: Tensor, needs: Needs, rows: int, *, spare: int
+) -> tuple[int, int]:
     """The Triton kernels: E in the weight's dtype, float32 ``E W``, partial sums by tile."""
     from dpo_fast_kernels.engine import LOGITS_BYTES
-    from dpo_fast_kernels.head import GROUP_BYTES
+    from dpo_fast_kernels.head import group_rows
     from dpo_fast_kernels.scoring import ROW_BLOCK
 
     row = backend.row_bytes(LinearHead(weight, None, None, 1.0, None))
-    room = rows * row if needs.head else min(rows * row, max(GROUP_BYTES, row))
+    room = row * (rows if needs.head else min(rows, group_rows(rows, row, spare)))
     if weight.dtype != torch.bfloat16:  # through a chunk of float32 logits
         room += min(LOGITS_BYTES, 4 * rows * weight.shape[0])
     partial_sums = 2 * 4 * min(rows, ROW_BLOCK) * -(-weight.shape[0] // 128)

@@ -261,6 +261,7 @@ def test_through_the_fused_loss(groups):
     [
         ({"filter_bound": 1.0}, "must lie in \\[0, 1\\)"),
         ({"filter_bound": -0.1}, "must lie in \\[0, 1\\)"),
+        ({"filter_bound": "1e-4"}, "filter_bound='1e-4' must lie in"),
         ({"filter_bound": 0.1, "backend": "chunked"}, "the backend here is 'chunked'"),
         ({"filter_bound": 0.1, "backend": "naive"}, "the backend here is 'naive'"),
         ({"filter_bound": 0.1, "mode": "min-memory"}, "exceed the workspace"),

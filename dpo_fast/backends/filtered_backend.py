@@ -6,6 +6,7 @@ Approximate, and only asked for. Log-probs and loss are exact; see
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpo_fast.backends.interface import HeadForward, LinearHead, Needs
@@ -46,10 +47,12 @@ def check(
 ) -> None:
     """Refuses, by name, what the filtered mode is not built for."""
     asked = f"filter_bound={backend.bound}"
-    if hidden.device.type == "cuda" and hidden.element_size() != 2:
+    # float16 has not the range, float32 no tiles on a device; the interpreter has float32 alone
+    taken = torch.bfloat16 if hidden.device.type == "cuda" else torch.float32
+    if hidden.dtype != taken:
         raise ValueError(
-            f"{asked} with {hidden.dtype}: {STORED}, which exist by tiles for bfloat16 only; "
-            "use bfloat16, or filter_bound=None"
+            f"{asked} with {hidden.dtype}: {STORED}, which exist by tiles for {taken} only; "
+            f"use {taken}, or filter_bound=None"
         )
     if head.lora is not None:
         raise ValueError(f"{asked} takes no adapter on the LM head; pass filter_bound=None")
@@ -60,6 +63,7 @@ def check(
     if needs.head and not store:
         size = hidden.shape[0] * backend.row_bytes(head)
         raise ValueError(
-            f"{asked}: {STORED}, and those of {hidden.shape[0]} rows exceed the workspace; raise "
-            f"workspace to {size} bytes, or pass mode='store' or fewer rows, or filter_bound=None"
+            f"{asked}: {STORED}, and those of {hidden.shape[0]} rows exceed the workspace, or "
+            f"mode='min-memory' is asked for; raise workspace to {size} bytes, or pass "
+            "mode='store', or fewer rows, or filter_bound=None"
         )

@@ -130,9 +130,8 @@ class Trainer(
         )
         head_dtype = setup.head_dtype(parts.policy, args)
         backend = choose_backend(args.lm_head_backend, args.device.type, head_dtype)
-        filtered(
-            backend, args.lm_head_filter_bound
-        )  # what cannot run is refused before data is read
+        # what cannot run is refused before data is read
+        filtered(backend, args.lm_head_filter_bound)
         self.loss = setup.build_objective_loss(args)
         plan = choose_reference(
             args,

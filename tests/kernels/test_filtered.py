@@ -284,6 +284,12 @@ def test_an_adapter_on_the_head_is_refused():
         )
 
 
+def test_float16_is_refused():
+    case = make_case(9, 16, 37, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"torch\.float16: the filtered mode"):
+        linear_logprobs(case.hidden, case.weight, case.target, backend="triton", filter_bound=0.1)
+
+
 def test_no_grad_filters_nothing():
     case = peaked()
     filter_report()

@@ -98,9 +98,10 @@ def test_no_host_sync():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_float32_is_refused():
-    leaves, target, _ = make(140, 256, 8001, torch.float32)
-    with pytest.raises(ValueError, match="use bfloat16"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_refused(dtype):
+    leaves, target, _ = make(140, 256, 8001, dtype)
+    with pytest.raises(ValueError, match=r"use torch\.bfloat16"):
         linear_logprobs(
             leaves["hidden"], leaves["weight"], target, backend="triton", filter_bound=1e-5
         )

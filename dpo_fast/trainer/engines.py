@@ -7,6 +7,7 @@ trainer is built, a reference that is sharded as the policy is, and float32 resu
 import dataclasses
 import logging
 import os
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,8 @@ class EnginesMixin:
             if self.reference.name == "frozen":
                 hold_as_computed(self.accelerator.state.fsdp_plugin, module)
             shard_with_fsdp2(self.accelerator, module, offload=offload)
+            if not offload:  # or its copies to the device would wait for the layer that computes
+                gather_one_layer_ahead(module)
         elif self.engine in ("single", "ddp", "zero2") and offload:
             self._say(self.reference.offload_layers(self.args.device).describe())
             return
@@ -252,6 +255,24 @@ def shard_with_fsdp2(
         for name, value in before.items():
             if name == "cpu_offload" or not remember:
                 setattr(plugin, name, value)
+
+
+def gather_one_layer_ahead(module: nn.Module) -> None:
+    """Names to FSDP2 the layer that is gathered while one computes, in a model that only runs
+    forwards.
+
+    Its own prefetch keeps the flat memory of one all-gather until the next one is laid out: a third
+    layer at the peak. After a prefetch by name that memory goes at once. A model whose units are
+    not the layers of one list is left as it is.
+    """
+    lists = [
+        m for m in module.modules() if isinstance(m, nn.ModuleList) and m and all(map(is_unit, m))
+    ]
+    if len(lists) != 1:
+        return
+    module._set_unshard_async_op(True)  # type: ignore[operator]
+    for layer, following in pairwise(lists[0]):
+        layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
 
 
 @torch.no_grad()

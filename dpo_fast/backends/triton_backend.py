@@ -50,6 +50,9 @@ class TritonBackend:
         # Splitting would hold a float32 gradient of the head, which is as large as its numel * 4.
         return WORKSPACE + 4 * head.weight.numel()
 
+    def check(self, hidden: Tensor, head: LinearHead, needs: Needs, store: bool) -> None:
+        """Raises ValueError for a call that cannot run; here any can."""
+
     def forward(
         self,
         hidden: Tensor,
@@ -62,6 +65,7 @@ class TritonBackend:
         buffer: Tensor | None = None,
         spare: int = 0,
     ) -> HeadForward:
+        self.check(hidden, head, needs, store)
         a, b, lora_scale = (None, None, 0.0) if head.lora is None else head.lora
         scalars = (lora_scale, head.softcap, head.scale)
         args: Any = (hidden, head.weight, target, head.bias, a, b, *scalars)

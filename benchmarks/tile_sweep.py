@@ -69,7 +69,8 @@ def that_compile(variant: str, jobs: int) -> list[Any]:
 
     What is compiled here, in parallel, the launches find in Triton's cache.
     """
-    from dpo_fast_kernels.aot import compile_all, exp_gemm_case
+    from dpo_fast_kernels.aot import compile_all
+    from dpo_fast_kernels.aot_cases import exp_gemm_case
 
     on = {"HAS_TAIL": False, "HAS_SOFTCAP": variant == "softcap", "STATS": variant == "stats"}
     text = {"plain": "-", "softcap": "C", "stats": "S"}[variant]

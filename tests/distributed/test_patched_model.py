@@ -15,7 +15,7 @@ NEEDS_DEEPSPEED = pytest.mark.skipif(
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=NEEDS_DEEPSPEED)])
 def test_log_probs_and_gradients(engine: str, tmp_path: Path) -> None:
     for rank in launch(2, "patched_model", {"engine": engine, "ranks": 2}, tmp_path):
-        torch.testing.assert_close(rank["logps"], rank["expected"], rtol=1e-5, atol=2e-5)
+        assert (rank["logps"] - rank["expected"]).norm() <= 1e-6 * rank["expected"].norm()
         assert rank["grads"].keys() == rank["whole"].keys()
         total = torch.stack([g.square().sum() for g in rank["whole"].values()]).sum().sqrt()
         assert total > 1e-2

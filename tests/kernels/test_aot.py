@@ -43,7 +43,7 @@ def test_limits_are_limits():
 
 
 def test_every_tile_of_the_table_is_checked():
-    from dpo_fast_kernels.aot import gemm_cases
+    from dpo_fast_kernels.aot_cases import gemm_cases
     from dpo_fast_kernels.tiles import table
 
     cases = [c for target in ("sm_90", "sm_80") for c in gemm_cases(target)]

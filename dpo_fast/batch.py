@@ -193,7 +193,7 @@ class PlannedCollator:
             ``attention_mask`` and ``completion_mask`` (each ``[2P, T]``, chosen rows first). A
             ``labels`` key (-100 outside of the completions) is accepted in place of
             ``completion_mask`` and replaced by it.
-        plan_rows: also plan ``row_groups`` from the attention mask:
+        plan_rows: also plan ``row_groups`` from attention mask and ``token_index``:
             :func:`dpo_fast.row_groups.group_rows` or
             :func:`dpo_fast.layouts.joined_rows.join_rows`.
 
@@ -210,7 +210,7 @@ class PlannedCollator:
         self,
         collator: Callable[[list[Any]], Mapping[str, Any]],
         *,
-        plan_rows: Callable[[Tensor], Any] | None = None,
+        plan_rows: Callable[[Tensor, Tensor], Any] | None = None,
     ) -> None:
         self.collator = collator
         self.plan_rows = plan_rows
@@ -227,7 +227,7 @@ class PlannedCollator:
         if "attention_mask" in kept:
             kept[RIGHT_PADDED_KEY] = is_right_padded(kept["attention_mask"])
         if self.plan_rows is not None and "attention_mask" in kept:
-            groups = self.plan_rows(kept["attention_mask"])
+            groups = self.plan_rows(kept["attention_mask"], plan["token_index"])
             if groups is not None:
                 kept[GROUPS_KEY], executed = groups, groups.num_tokens
         counts = dict(zip(COUNT_KEYS, (attended, size, executed), strict=True))

@@ -38,10 +38,11 @@ class RowGroups:
         return run_in_groups(run, inputs, self)
 
 
-def group_rows(attention_mask: Tensor) -> RowGroups | None:
+def group_rows(attention_mask: Tensor, token_index: Tensor | None = None) -> RowGroups | None:
     """Groups with the least work for ``attention_mask [B, T]``; None where one pass does best.
 
     Rows that are padded elsewhere than on the right, or not attended at all, are left together.
+    ``token_index`` makes no difference: all positions of a group are computed.
     """
     sizes = right_padded_lengths(attention_mask)
     groups = _least_work(sizes) if sizes else ()

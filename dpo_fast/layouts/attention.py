@@ -131,7 +131,7 @@ def segment_attention(
     _refuse_unknown(module, is_causal, kwargs)
     _refuse_window(module, sliding_window)
     _check_row(query, key, pair_segments)
-    pair_segments.num_calls += 1
+    pair_segments.count_call()
     attend = choose_backend(backend, query, value, softcap, dropout)
     out = attend(query, key, value, pair_segments, scale=scale, window=sliding_window)
     return out.contiguous(), None

@@ -83,7 +83,7 @@ def make_collator(
     truncation_mode: str,
     pad_to_multiple_of: int | None = None,
     few_shapes: bool = False,
-    plan_rows: Callable[[Tensor], Any] | None = None,
+    plan_rows: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Callable[[list[Any]], dict[str, Any]]:
     """The collator of a layout.
 

@@ -6,12 +6,16 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from dpo_fast.layouts.attention import implementation_name, register
+from dpo_fast.layouts.last_layer import scored_rows_in_last_layer
 from dpo_fast.models import base_causal_lm
 
 
 @contextmanager
 def segment_attention_in(*models: nn.Module | None, backend: str = "auto") -> Iterator[None]:
     """Inside, the models (any wrapper; None is skipped) attend within the segments of packed rows.
+
+    In a pass that reads nothing but scored rows, their last layer computes no others
+    (:mod:`dpo_fast.layouts.last_layer`).
 
     Forwards without segments, such as ``generate``, go on working inside. The backward of a model
     with gradient checkpointing runs attention again: it belongs inside, too.
@@ -28,6 +32,7 @@ def segment_attention_in(*models: nn.Module | None, backend: str = "auto") -> It
         for model in models:
             if model is not None:
                 restore.enter_context(_attention(model, implementation_name(backend)))
+                restore.enter_context(scored_rows_in_last_layer(model))
         yield
 
 

@@ -11,6 +11,7 @@ Legend: B rows, T padded length, L attended tokens of all rows, H hidden.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,13 +25,13 @@ class JoinedRows:
 
     Args:
         lengths: attended tokens of each row, the row's first ones.
+        scored: ``[N]`` positions of the joined row that predict a scored token; None: not known.
     """
 
     # A plain class: engines rebuild dataclasses that they find in a model's arguments.
-    def __init__(self, lengths: list[int]) -> None:
+    def __init__(self, lengths: list[int], scored: np.ndarray | None = None) -> None:
         self.lengths = lengths
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-        self.segments = Segments(map(Segment, starts, lengths))
+        self.segments = Segments(map(Segment, row_starts(lengths), lengths), scored).for_scored()
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +39,8 @@ class JoinedRows:
         return self.segments.length
 
     def run(self, run: Callable[..., Tensor], inputs: Mapping[str, Any]) -> Tensor | None:
-        """``run(**inputs) -> [B, T, H]``, zero where nothing is attended.
+        """``run(**inputs) -> [B, T, H]``, zero where nothing is attended, and no more than what
+        scored tokens need where they are known.
 
         Args:
             run: the backbone, from ``[1, L]`` to ``[1, L, H]``.
@@ -75,10 +77,23 @@ class JoinedRows:
         return f"JoinedRows({self.lengths})"
 
 
-def join_rows(attention_mask: Tensor) -> JoinedRows | None:
-    """The rows of ``attention_mask [B, T]``; None where one is empty or not padded on the right."""
+def join_rows(attention_mask: Tensor, token_index: Tensor | None = None) -> JoinedRows | None:
+    """The rows of ``attention_mask [B, T]``; None where one is empty or not padded on the right.
+
+    ``token_index [N]``: flat positions in ``[B * T]`` that predict a scored token, on the CPU.
+    """
     lengths = right_padded_lengths(attention_mask)
-    return JoinedRows(lengths) if lengths else None
+    if not lengths:
+        return None
+    if token_index is None:
+        return JoinedRows(lengths)
+    row, position = np.divmod(token_index.cpu().numpy(), attention_mask.shape[1])
+    return JoinedRows(lengths, np.array(row_starts(lengths))[row] + position)
+
+
+def row_starts(lengths: list[int]) -> list[int]:
+    """Where each row of the joined one begins."""
+    return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
 def has_segments(batch: Mapping[str, Any]) -> bool:

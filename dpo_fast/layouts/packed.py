@@ -116,13 +116,14 @@ class PackedCollator:
             row.fill(rounded_length(executed) if executed else 1, self.pad_token_id)
         longest = max((max(len(p.chosen), len(p.rejected)) for p in pairs), default=0)
         counts = (sum(p.num_tokens for p in pairs), 2 * len(pairs) * longest, row.length)
+        plan = _plan(pairs, places)
         return {
             "pair_index": torch.arange(len(pairs)),
             "input_ids": row.tensor("tokens"),
             "position_ids": row.tensor("positions"),
             "attention_mask": row.tensor("weights"),
-            SEGMENTS_KEY: Segments(row.spans),
-            **_plan(pairs, places),
+            SEGMENTS_KEY: Segments(row.spans, plan["token_index"].numpy()),
+            **plan,
             **dict(zip(COUNT_KEYS, counts, strict=True)),
         }
 

@@ -59,22 +59,29 @@ class Segments:
 
     Args:
         spans: the segments; together they cover ``[0, L)`` in order.
+        scored: positions whose hidden states predict a scored token, in any order, repeats allowed;
+            None: not known.
 
     Attributes:
-        num_calls: how often an attention layer has read them; a model that never does ignores them.
+        scored: sorted, each once, int64; None: not known.
+        reads_all: whether whoever runs the model reads the hidden states of all positions; False:
+            of ``scored`` only, and the last layer may leave out the others
+            (:mod:`dpo_fast.layouts.last_layer`).
 
     Raises:
-        ValueError: a gap, an empty segment, or a prefix that does not start an earlier segment
-            without prefix.
+        ValueError: a gap, an empty segment, a prefix that does not start an earlier segment
+            without prefix, or a scored position that is not in the row.
     """
 
     # A plain class: engines rebuild dataclasses and tuples that they find in a model's arguments.
-    __slots__ = ("_derived", "num_calls", "spans")
+    __slots__ = ("_calls", "_derived", "reads_all", "scored", "spans")
 
-    def __init__(self, spans: Iterable[Segment]) -> None:
+    def __init__(self, spans: Iterable[Segment], scored: np.ndarray | None = None) -> None:
         self.spans: tuple[Segment, ...] = tuple(spans)
+        self.scored = None if scored is None else np.unique(scored).astype(np.int64)
+        self.reads_all = True
         self._derived: dict[Hashable, Any] = {}
-        self.num_calls = 0
+        self._calls = [0]
         roots: dict[int, int] = {}
         expected = 0
         for span in self.spans:
@@ -91,6 +98,13 @@ class Segments:
             if not span.prefix_length:
                 roots[span.start] = span.length
             expected = span.stop
+        if self.scored is not None and len(self.scored):
+            first, last = int(self.scored[0]), int(self.scored[-1])
+            if first < 0 or last >= expected:
+                raise ValueError(
+                    f"scored positions from {first} to {last} do not lie in a row of {expected} "
+                    "tokens"
+                )
 
     @property
     def length(self) -> int:
@@ -107,6 +121,15 @@ class Segments:
         """Whether any segment sees a prefix that lies elsewhere in the row."""
         return any(span.prefix_length for span in self.spans)
 
+    @property
+    def num_calls(self) -> int:
+        """How often an attention layer has read them; a model that never does ignores them."""
+        return self._calls[0]
+
+    def count_call(self) -> None:
+        """An attention layer reads them."""
+        self._calls[0] += 1
+
     def derived(self, key: Hashable, build: Callable[[], T]) -> T:
         """``build()``, once for this batch."""
         if key not in self._derived:
@@ -115,11 +138,21 @@ class Segments:
                 self._derived[key] = build()
         return self._derived[key]
 
-    def __getstate__(self) -> tuple[Segment, ...]:
-        return self.spans
+    def for_scored(self) -> "Segments":
+        """The same segments for a pass whose other hidden states nobody reads; what has been
+        derived and counted is shared.
+        """
+        same = Segments.__new__(Segments)
+        same.spans, same.scored, same.reads_all = self.spans, self.scored, False
+        same._derived, same._calls = self._derived, self._calls
+        return same
 
-    def __setstate__(self, state: tuple[Segment, ...]) -> None:
-        self.spans, self._derived, self.num_calls = state, {}, 0
+    def __getstate__(self) -> tuple[tuple[Segment, ...], np.ndarray | None, bool]:
+        return self.spans, self.scored, self.reads_all
+
+    def __setstate__(self, state: tuple[tuple[Segment, ...], np.ndarray | None, bool]) -> None:
+        self.spans, self.scored, self.reads_all = state
+        self._derived, self._calls = {}, [0]
 
     def __repr__(self) -> str:
         return f"Segments({len(self.spans)} segments, {self.length} tokens)"
@@ -154,10 +187,10 @@ def varlen_index(segments: Segments, device: torch.device) -> VarlenIndex:
                 np.arange(span.start, span.stop),
             )
         ]
-        key_index = _to(np.concatenate(runs), device)
+        key_index = to_device(np.concatenate(runs), device)
     return VarlenIndex(
-        cu_q=_to(_cumulative(segments.lengths), device),
-        cu_k=_to(_cumulative(num_keys), device),
+        cu_q=to_device(_cumulative(segments.lengths), device),
+        cu_k=to_device(_cumulative(num_keys), device),
         key_index=key_index,
         max_q=max(segments.lengths),
         max_k=max(num_keys),
@@ -168,7 +201,8 @@ def _cumulative(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on a device, without waiting for it."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

@@ -132,6 +132,8 @@ def forward_scored(
     elif GROUPS_KEY in batch:  # the router's statistics are of all tokens at once
         inputs[GROUPS_KEY] = batch[GROUPS_KEY]
     if SEGMENTS_KEY in batch:
+        if not aux_loss:  # the router's statistics are of all tokens
+            inputs[SEGMENTS_KEY] = batch[SEGMENTS_KEY].for_scored()
         # Who sees whom is in the segments: transformers hands a 4-D mask on as it is, while from a
         # 2-D mask it would build L x L, and from position_ids alone it would cut answers off their
         # shared prompt.

@@ -4,7 +4,8 @@ A step over L layers is a sequence of passages, one a layer, forward and back, b
 before, at the loss and after. Layers that are alike pass alike: each passage starts where the one
 before has ended, so the bytes alive at any moment of a step are linear in the number of layers
 between it and the start. Two depths therefore give every depth, exactly, moment by moment; the
-peak is the largest of the moments, which may be another one at each depth.
+peak is the largest of the moments, which may be another one at each depth. The last layer is a
+passage of its own: of packed rows it computes the scored ones only.
 """
 
 import contextlib
@@ -35,10 +36,17 @@ class Stack(NamedTuple):
 
     @property
     def shallow(self) -> tuple[int, int]:
-        """The two depths: the lead, what is left of a period, and two or three whole ones."""
-        rest = (self.depth - self.lead) % self.period
-        first = self.lead + rest + 2 * self.period
+        """The two depths: the lead, one period or two, the layers counted from the back, and what
+        lets a whole number of periods lie between them and the model.
+        """
+        least = self.lead + self.period + self.from_back
+        first = least + (self.depth - least) % self.period
         return first, first + self.period
+
+    @property
+    def from_back(self) -> int:
+        """Layers counted from the back: the last one, and a period before it."""
+        return self.period + 1
 
     def times(self) -> int:
         """How often the difference of the two lies between the first of them and the model."""
@@ -58,12 +66,12 @@ class Stack(NamedTuple):
     @contextlib.contextmanager
     def marks(self, memory: LiveMemory) -> Iterator[None]:
         """Inside, each layer's passage is a moment of its own: the first layers counted from the
-        front, the last period from the back, so that passages have one name at every depth.
+        front, the last ones from the back, so that passages have one name at every depth.
         """
         depth, passes = len(self.layers), 0
 
         def place(i: int) -> str:
-            return f"layer {i}" if i < depth - self.period else f"layer {i - depth}"
+            return f"layer {i}" if i < depth - self.from_back else f"layer {i - depth}"
 
         def before(i: int) -> Any:
             def hook(module: nn.Module, args: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_fast.models import base_causal_lm
+from dpo_fast.models.layers import layer_list
 from dpo_fast.reference.estimate import size_text
 
 _ALIGNMENT = 256  # bytes: what an allocation of its own would have had
@@ -184,17 +185,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         ValueError: there is none.
     """
-    lists: list[nn.ModuleList] = []
-
-    def collect(module: nn.Module) -> None:
-        if isinstance(module, nn.ModuleList):
-            lists.append(module)
-            return
-        for child in module.children():
-            collect(child)
-
-    collect(base_causal_lm(model))
-    most = max(lists, key=lambda one: sum(p.numel() for p in one.parameters()), default=None)
+    most = layer_list(model)
     if most is None or len(most) < 3:
         found = 0 if most is None else len(most)
         raise ValueError(

@@ -96,7 +96,7 @@ class LayoutsMixin:
             plan_rows=self._row_planner(),
         )
 
-    def _row_planner(self) -> Callable[[Tensor], Any] | None:
+    def _row_planner(self) -> Callable[[Tensor, Tensor], Any] | None:
         """How padded rows go through the backbone; None: all at once."""
         if not self._plans_rows():
             return None

@@ -143,10 +143,10 @@ def test_few_shapes_fill_the_row_with_a_sequence_that_nothing_sees():
 
 def test_rounded_lengths_are_few_and_near():
     sizes = {rounded_length(n) for n in range(1, 16385)}
-    assert len(sizes) <= 16 + 3 * 16 and all(size % 128 == 0 for size in sizes)
+    assert len(sizes) <= 32 + 2 * 32 and all(size % 128 == 0 for size in sizes)
     for n in range(1, 16385):
         size = rounded_length(n)
-        assert n <= size < n + max(128, n / 16 + 1)
+        assert n <= size < n + max(128, n / 32 + 1)
         assert rounded_length(size) == size
     with pytest.raises(ValueError, match="length=0"):
         rounded_length(0)

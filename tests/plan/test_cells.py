@@ -74,11 +74,16 @@ def test_an_adapter_has_few_gradients_and_states(cells: dict[Setting, Cell]) -> 
 
 def test_the_backbone_flops_are_six_a_parameter_and_token(cells: dict[Setting, Cell]) -> None:
     """Two forward, four backward, and attention on top: less than a tenth at these lengths."""
-    cell = cells[Setting("full", "mixed", False, "packed", "precomputed")]
     layer = 2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 640
-    flops = cell.seconds["policy"] * GPU.bf16 * Run(GPU).efficiency
-    assert 1.0 <= flops / (6 * 4 * layer * cell.tokens) < 1.1
-    again = cells[Setting("full", "mixed", True, "packed", "precomputed")]
+    all_but_keys = layer - 2 * 256 * 128
+    scored = 2 * (50 + 140) + 2 * (40 + 30)  # lengths in turn
+    for layout in ("padded", "packed"):
+        cell = cells[Setting("full", "mixed", False, layout, "precomputed")]
+        flops = cell.seconds["policy"] * GPU.bf16 * Run(GPU).efficiency
+        left_out = (cell.tokens - scored) * all_but_keys if layout == "packed" else 0
+        assert 1.0 <= flops / (6 * (4 * layer * cell.tokens - left_out)) < 1.1
+    cell = cells[Setting("full", "mixed", False, "padded", "precomputed")]
+    again = cells[Setting("full", "mixed", True, "padded", "precomputed")]
     # A third on top, without each layer's last product: nothing that the backward needs.
     twice = 1 + (layer - 256 * 640) / (3 * layer)
     assert again.seconds["policy"] / cell.seconds["policy"] == pytest.approx(twice, rel=0.03)

@@ -92,9 +92,9 @@ def test_the_depths_of_each_kind_of_stack() -> None:
         assert first + stack.times() * (second - first) == stack.depth
         return stack.lead, stack.period, first, second
 
-    assert depths("llama") == (0, 1, 2, 3)
+    assert depths("llama") == (0, 1, 3, 4)
     assert depths("two kinds in turn") == (0, 2, 5, 7)
-    assert depths("a lead of its own") == (2, 1, 4, 5)
+    assert depths("a lead of its own") == (2, 1, 5, 6)
 
 
 def test_layers_that_differ_in_anything_are_no_stack() -> None:

@@ -46,7 +46,11 @@ def test_the_plan_is_the_measured_peak_within_ten_percent(
 def test_the_cases_would_tell_a_forgotten_part() -> None:
     """Each part is worth more than the tolerance somewhere."""
     shares: dict[str, float] = {}
-    for name in ("full-fp32-padded-frozen", "full-fp32-packed-precomputed"):
+    for name in (
+        "full-fp32-padded-frozen",
+        "full-fp32-packed-precomputed",
+        "full-mixed-checkpointing-shared-frozen",
+    ):
         case = CASES[name]
         batches = Batches(case.rows(), case.rows(), "the case's")
         (cell,) = plan_cells(case.config(), batches, [case.setting], Run(CPU), None)

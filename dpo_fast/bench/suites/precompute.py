@@ -6,7 +6,7 @@ from dpo_fast.bench.case import Case, Contest, Step, Variant
 from dpo_fast.bench.precomputing import VARIANTS, make_pass, precompute_gate
 from dpo_fast.bench.settings import Settings
 from dpo_fast.bench.suites.layout import with_share
-from dpo_fast.bench.training.arithmetic import parameters_of, tokens_of
+from dpo_fast.bench.training.arithmetic import forward_flops
 from dpo_fast.bench.workload import ModelShape, make_rows
 
 SHAPES = {
@@ -46,12 +46,10 @@ def _case(name: str, pairs: int, share: float, settings: Settings, curves: tuple
         return lambda: make_pass(variant, rows, batch, shape, device, dtype)
 
     def build() -> Contest:
-        layers, head = parameters_of(shape)
-        backbone, scored = tokens_of("shared_prefix", rows)
         return Contest(
             [Variant(variant, prepare(variant)) for variant in VARIANTS],
             precompute_gate(rows, shape, device, dtype),
-            flop=2.0 * (backbone * layers + scored * head),
+            flop=forward_flops("shared_prefix", shape, rows),
             dtype=dtype,
             notes={
                 "pairs a forward": batch,

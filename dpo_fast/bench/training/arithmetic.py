@@ -4,6 +4,8 @@ from functools import cache
 
 from dpo_fast.bench.workload import ModelShape, Row, make_model
 from dpo_fast.layouts import pair_lengths
+from dpo_fast.layouts.last_layer import position_wise_parts
+from dpo_fast.models.layers import layer_list
 
 ALL_ROWS = ("naive", "trl", "TRL 0.24 style", "TRL", "Liger")  # score prompt and padding, too
 
@@ -27,9 +29,26 @@ def tokens_of(layout: str, rows: list[Row]) -> tuple[int, int]:
 
 def gemm_flops(layout: str, shape: ModelShape, rows: list[Row], forwards: int = 2) -> float:
     """FLOPs of a step's GEMMs without attention: ``forwards``, and one backward of two."""
+    return (forwards + 2) * forward_flops(layout, shape, rows)
+
+
+def forward_flops(layout: str, shape: ModelShape, rows: list[Row]) -> float:
+    """FLOPs of the GEMMs of one forward, without attention.
+
+    Where only answer tokens are scored, the last layer's position-wise parts run on them alone.
+    """
     layers, head = parameters_of(shape)
     backbone, scored = tokens_of(layout, rows)
-    return (forwards + 2) * 2.0 * (backbone * layers + scored * head)
+    narrow = last_position_wise(shape)
+    return 2.0 * (backbone * (layers - narrow) + scored * (narrow + head))
+
+
+@cache
+def last_position_wise(shape: ModelShape) -> int:
+    """Parameters of the last layer's parts that need not see every token."""
+    layers = layer_list(make_model(shape))
+    assert layers is not None
+    return sum(p.numel() for part in position_wise_parts(layers[-1]) for p in part.parameters())
 
 
 @cache

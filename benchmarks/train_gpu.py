@@ -6,8 +6,9 @@ A step is collator, batch preparation, policy and reference forward, backward, c
 (fused), with gradient checkpointing, bfloat16 weights and SDPA as both trainers find them; "full"
 trains every weight beside a frozen copy, "lora" adapters over a shared base. Weights are random, in
 the shapes of Qwen2.5. Variants of a part run one after another, each with models of its own (two of
-7B do not fit side by side), on the same batches; times are medians. A variant whose first loss is
-off the naive float32 log-softmax over the same bfloat16 model's logits reports no speed.
+7B do not fit side by side), on the same batches. Batches differ in tokens and padding: pairs a
+second are those of all batches over the sum of each batch's median time. A variant whose first loss
+is off the naive float32 log-softmax over the same bfloat16 model's logits reports no speed.
 
 Peak memory is the allocator's, weights and optimizer included. Parts that
 benchmarks/results/train_gpu.json holds for these sources are skipped.
@@ -37,6 +38,7 @@ SHAPES = {  # of Qwen2.5: hidden, intermediate, layers, heads, key-value heads, 
 }
 PAIRS = {"0.5B": 64, "7B": 8}  # 16 of 0.5B leave the device waiting for the host
 GOALS = {"2:1": 2.0, "4:1": 3.0}  # shared prefix over TRL, pairs a second
+BATCHES = 4
 CLIP = 1.0
 LOSS_LIMIT = 0.05  # of a bfloat16 step's loss against the gold's
 
@@ -149,16 +151,28 @@ def run_variant(
     found: dict[str, Any] = {
         "loss": first,
         "seconds": seconds,
-        "pairs_per_second": len(batches[0]) / statistics.median(seconds),
+        "pairs_per_second": pairs_per_second(seconds, len(batches), len(batches[0])),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
     return found if gold is None else found | {"gold": gold}
 
 
+def pairs_per_second(seconds: list[float], batches: int, pairs: int) -> float:
+    """Of a run over all batches: ``seconds[i]`` is a step on batch ``i % batches``.
+
+    Raises:
+        ValueError: a batch has no step.
+    """
+    if len(seconds) < batches:
+        raise ValueError(f"{len(seconds)} steps over {batches} batches: each needs one, --steps")
+    times = [statistics.median(seconds[i::batches]) for i in range(batches)]
+    return batches * pairs / sum(times)
+
+
 def run_part(name: str, mode: str, lengths: str, steps: int, variants: list[str]) -> dict[str, Any]:
     """All variants on the same batches."""
     vocab = SHAPES[name][5]
-    batches = [make_rows(LENGTHS[lengths], PAIRS[name], vocab, seed=s) for s in range(4)]
+    batches = [make_rows(LENGTHS[lengths], PAIRS[name], vocab, seed=s) for s in range(BATCHES)]
     rows: dict[str, Any] = {}
     for variant in variants:
         try:

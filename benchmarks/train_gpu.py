@@ -1,6 +1,7 @@
 """Whole DPO steps on a GPU: TRL 1.16 against dpo_fast in each layout, 0.5B- and 7B-shaped models.
 
     python -m benchmarks.train_gpu [--models 0.5B 7B] [--modes full lora] [--lengths 2:1 4:1]
+        [--pairs N] [--profile]
 
 A step is collator, batch preparation, policy and reference forward, backward, clipping and AdamW
 (fused), with gradient checkpointing, bfloat16 weights and SDPA as both trainers find them; "full"
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks.resume import load_parts, save_parts
+from benchmarks.step_profile import profile_step, show_profile
 from dpo_fast.bench.training.naive import NaiveLoop
 from dpo_fast.bench.training.trainers import TrainerLoop, our_trainer, trl_trainer
 from dpo_fast.bench.workload import LENGTHS, Row, make_rows
@@ -115,9 +117,9 @@ def gold_loss(trainer: Any, rows: list[Row]) -> float:
 
 
 def run_variant(
-    variant: str, name: str, mode: str, batches: list[list[Row]], steps: int
+    variant: str, name: str, mode: str, batches: list[list[Row]], steps: int, profiled: bool
 ) -> dict[str, Any]:
-    """Seconds a step and peak memory."""
+    """Seconds a step and peak memory; where the time goes, if it is to be ``profiled``."""
     trainer = trainer_of(variant, name, mode)
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
     if mode == "lora":
@@ -154,6 +156,8 @@ def run_variant(
         "pairs_per_second": pairs_per_second(seconds, len(batches), len(batches[0])),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
+    if profiled:
+        found["profile"] = profile_step(lambda: step(batches[0]))
     return found if gold is None else found | {"gold": gold}
 
 
@@ -169,14 +173,16 @@ def pairs_per_second(seconds: list[float], batches: int, pairs: int) -> float:
     return batches * pairs / sum(times)
 
 
-def run_part(name: str, mode: str, lengths: str, steps: int, variants: list[str]) -> dict[str, Any]:
+def run_part(name: str, mode: str, lengths: str, pairs: int, options: Any) -> dict[str, Any]:
     """All variants on the same batches."""
     vocab = SHAPES[name][5]
-    batches = [make_rows(LENGTHS[lengths], PAIRS[name], vocab, seed=s) for s in range(BATCHES)]
+    batches = [make_rows(LENGTHS[lengths], pairs, vocab, seed=s) for s in range(BATCHES)]
     rows: dict[str, Any] = {}
-    for variant in variants:
+    for variant in options.variants:
         try:
-            rows[variant] = run_variant(variant, name, mode, batches, steps)
+            rows[variant] = run_variant(
+                variant, name, mode, batches, options.steps, options.profile
+            )
         except torch.OutOfMemoryError as error:
             rows[variant] = {"left_out": str(error).splitlines()[0][:200]}
         gc.collect()
@@ -191,7 +197,7 @@ def run_part(name: str, mode: str, lengths: str, steps: int, variants: list[str]
             del row["pairs_per_second"], row["seconds"]
         elif base:
             row["over_trl"] = row["pairs_per_second"] / base
-    return {"pairs": PAIRS[name], "lengths": LENGTHS[lengths].__dict__, "variants": rows}
+    return {"pairs": pairs, "lengths": LENGTHS[lengths].__dict__, "variants": rows}
 
 
 def show(part: str, found: dict[str, Any]) -> None:
@@ -206,6 +212,8 @@ def show(part: str, found: dict[str, Any]) -> None:
             f"loss {row['loss']:.4f} (by hand {found['variants']['TRL'].get('gold', 0.0):.4f})",
             flush=True,
         )
+        if "profile" in row:
+            show_profile(variant, row["profile"])
 
 
 def main() -> None:
@@ -215,17 +223,20 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=list(GOALS), choices=list(GOALS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--pairs", type=int, help="of a batch")
+    parser.add_argument("--profile", action="store_true", help="and where a step's time goes")
     parser.add_argument("--seconds", type=float, default=480.0)
     options = parser.parse_args()
     began, parts = time.monotonic(), load_parts(NAME)
     for name, mode, lengths in product(options.models, options.modes, options.lengths):
-        part = f"{name} {mode} {lengths}"
+        pairs = options.pairs or PAIRS[name]
+        part = f"{name} {mode} {lengths}" + (f", {pairs} pairs" if options.pairs else "")
         if part in parts:
             continue
         if time.monotonic() - began > options.seconds:
             print(f"\nout of time before {part}: run the same command again")
             break
-        parts[part] = run_part(name, mode, lengths, options.steps, options.variants)
+        parts[part] = run_part(name, mode, lengths, pairs, options)
         show(part, parts[part])
         save_parts(NAME, parts)
 

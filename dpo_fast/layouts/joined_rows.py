@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dpo_fast.batch import GROUPS_KEY, SEGMENTS_KEY
 from dpo_fast.layouts.segments import Segment, Segments
+from dpo_fast.models.backbone import run_backbone
 from dpo_fast.row_groups import right_padded_lengths
 
 
@@ -31,7 +32,7 @@ class JoinedRows:
     # A plain class: engines rebuild dataclasses that they find in a model's arguments.
     def __init__(self, lengths: list[int], scored: np.ndarray | None = None) -> None:
         self.lengths = lengths
-        self.segments = Segments(map(Segment, row_starts(lengths), lengths), scored).for_scored()
+        self.segments = Segments(map(Segment, row_starts(lengths), lengths), scored)
 
     @property
     def num_tokens(self) -> int:
@@ -64,10 +65,10 @@ class JoinedRows:
             "position_ids": position[None],
             # Who sees whom is in the segments; a 4-D mask is handed on as it is.
             "attention_mask": torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids.device),
-            SEGMENTS_KEY: self.segments,
+            SEGMENTS_KEY: self.segments.for_scored(),
         }
         calls = self.segments.num_calls
-        hidden = run(**{**inputs, **joined})[0]
+        hidden = run_backbone(run, {**inputs, **joined})[0]
         if self.segments.num_calls == calls:
             return None
         padded = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, index, hidden)

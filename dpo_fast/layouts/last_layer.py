@@ -7,7 +7,9 @@ to the others is zero. Values and gradients are those of the whole layer: nothin
 that are left out, and their gradients are zero.
 
 It is done by hooks on the parts of the layer, for passes that carry segments which say that only
-scored rows are read (``Segments.reads_all``); others, compiled ones among them, compute all rows.
+scored rows are read (``Segments.scored_pass``); others, compiled ones among them, compute all rows.
+A model that runs its last layer more than once reads all rows of it:
+:func:`dpo_fast.models.backbone.run_backbone` then runs such a pass again.
 
 Legend: L tokens of the row, K of them scored, H features of a part's input or output.
 """
@@ -86,12 +88,17 @@ class _CurrentPass:
     def __init__(self) -> None:
         self.segments: Segments | None = None
         self.attended = False
+        self.repeats = False
 
     def begin(self, layer: nn.Module, args: Any) -> None:
         self.segments, self.attended = None, False
 
     def attend(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.segments, self.attended = kwargs.get(SEGMENTS_KEY), True
+        scored_pass = None if self.segments is None else self.segments.scored_pass
+        if scored_pass is not None and not scored_pass.is_over:
+            scored_pass.last_layer_runs += 1
+            self.repeats |= scored_pass.last_layer_runs > 1
 
     def end(self, layer: nn.Module, args: Any, output: Any) -> None:
         self.segments = None
@@ -111,7 +118,9 @@ class _NarrowedPart:
         # Once seen, it holds for this layer: segments found here would be of another pass.
         self.comes_first |= not self.current.attended
         segments, given = self.current.segments, args[0] if args else None
-        if segments is None or self.comes_first or torch.compiler.is_compiling():
+        if segments is None or self.comes_first or self.current.repeats:
+            return None
+        if torch.compiler.is_compiling():
             return None
         if not isinstance(given, Tensor) or is_dtensor(given):
             return None
@@ -121,6 +130,8 @@ class _NarrowedPart:
         if self.index is None:
             return None
         self.length = segments.length
+        assert segments.scored_pass is not None
+        segments.scored_pass.left_out = True
         return (_TakeRows.apply(given, self.index), *args[1:])
 
     def widen(self, part: nn.Module, args: Any, output: Any) -> Any:
@@ -135,7 +146,7 @@ class _NarrowedPart:
 def scored_index(segments: Segments, device: torch.device) -> Tensor | None:
     """``[K]`` int64, the positions that somebody reads; None where all are to be computed."""
     scored = segments.scored
-    if segments.reads_all or scored is None:
+    if segments.scored_pass is None or scored is None:
         return None
     if not 0 < len(scored) <= _WORTH * segments.length:
         return None

@@ -51,6 +51,26 @@ class VarlenIndex(NamedTuple):
     max_k: int
 
 
+class ScoredPass:
+    """One forward whose hidden states are read at scored positions only.
+
+    Attributes:
+        last_layer_runs: how often it has run the last layer.
+        left_out: whether that has left out rows.
+        is_over: whether it has returned; the layer runs again in a checkpoint's backward.
+    """
+
+    __slots__ = ("is_over", "last_layer_runs", "left_out")
+
+    def __init__(self) -> None:
+        self.last_layer_runs, self.left_out, self.is_over = 0, False, False
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the layer ran again after it had left out rows: it has read them."""
+        return self.left_out and self.last_layer_runs > 1
+
+
 class Segments:
     """The segments of one row of L tokens, in order, without gaps; made once a batch, on the host.
 
@@ -64,9 +84,8 @@ class Segments:
 
     Attributes:
         scored: sorted, each once, int64; None: not known.
-        reads_all: whether whoever runs the model reads the hidden states of all positions; False:
-            of ``scored`` only, and the last layer may leave out the others
-            (:mod:`dpo_fast.layouts.last_layer`).
+        scored_pass: the forward that these are for, if nobody reads hidden states of it at other
+            positions than ``scored``; None: all are read, in any number of forwards.
 
     Raises:
         ValueError: a gap, an empty segment, a prefix that does not start an earlier segment
@@ -74,12 +93,12 @@ class Segments:
     """
 
     # A plain class: engines rebuild dataclasses and tuples that they find in a model's arguments.
-    __slots__ = ("_calls", "_derived", "reads_all", "scored", "spans")
+    __slots__ = ("_calls", "_derived", "scored", "scored_pass", "spans")
 
     def __init__(self, spans: Iterable[Segment], scored: np.ndarray | None = None) -> None:
         self.spans: tuple[Segment, ...] = tuple(spans)
         self.scored = None if scored is None else np.unique(scored).astype(np.int64)
-        self.reads_all = True
+        self.scored_pass: ScoredPass | None = None
         self._derived: dict[Hashable, Any] = {}
         self._calls = [0]
         roots: dict[int, int] = {}
@@ -139,20 +158,26 @@ class Segments:
         return self._derived[key]
 
     def for_scored(self) -> "Segments":
-        """The same segments for a pass whose other hidden states nobody reads; what has been
-        derived and counted is shared.
+        """The same segments for one forward of which nobody reads other hidden states; what has
+        been derived and counted is shared.
         """
+        same = self.for_all()
+        same.scored_pass = ScoredPass()
+        return same
+
+    def for_all(self) -> "Segments":
+        """The same segments for forwards of which all hidden states are read; shared likewise."""
         same = Segments.__new__(Segments)
-        same.spans, same.scored, same.reads_all = self.spans, self.scored, False
+        same.spans, same.scored, same.scored_pass = self.spans, self.scored, None
         same._derived, same._calls = self._derived, self._calls
         return same
 
-    def __getstate__(self) -> tuple[tuple[Segment, ...], np.ndarray | None, bool]:
-        return self.spans, self.scored, self.reads_all
+    def __getstate__(self) -> tuple[tuple[Segment, ...], np.ndarray | None]:
+        return self.spans, self.scored
 
-    def __setstate__(self, state: tuple[tuple[Segment, ...], np.ndarray | None, bool]) -> None:
-        self.spans, self.scored, self.reads_all = state
-        self._derived, self._calls = {}, [0]
+    def __setstate__(self, state: tuple[tuple[Segment, ...], np.ndarray | None]) -> None:
+        self.spans, self.scored = state
+        self.scored_pass, self._derived, self._calls = None, {}, [0]
 
     def __repr__(self) -> str:
         return f"Segments({len(self.spans)} segments, {self.length} tokens)"

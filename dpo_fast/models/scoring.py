@@ -12,6 +12,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from dpo_fast.batch import (
     WHOLE_LENS_KEY,
     TokenPlan,
 )
+from dpo_fast.models.backbone import run_backbone
 from dpo_fast.models.head import Head, base_causal_lm, head_of
 from dpo_fast.models.head_call import in_head_forward
 from dpo_fast.models.right_padded import causal_without_mask
@@ -164,7 +166,7 @@ def _run_scored(
     lm = base_causal_lm(model)
     segments = kwargs.get(SEGMENTS_KEY)
     calls = segments.num_calls if segments is not None else 0
-    outputs = lm.base_model(*args, **kwargs)
+    outputs = run_backbone(partial(lm.base_model, *args), kwargs)
     if segments is not None and segments.num_calls == calls:
         raise SegmentsIgnored(
             f"{type(lm).__name__} got packed rows, but its attention "

@@ -16,6 +16,7 @@ from dpo_fast.layouts.joined_rows import join_rows
 from dpo_fast.layouts.last_layer import position_wise_parts, scored_index, scored_rows_in_last_layer
 from dpo_fast.layouts.segments import Segment, Segments
 from dpo_fast.models import base_causal_lm, forward_scored, install_scoring
+from dpo_fast.models.backbone import run_backbone
 from dpo_fast.models.layers import layer_list
 from tests.layouts.compare import AWKWARD, collators, global_error, run_step
 from tests.tiny import FAMILIES, tiny_model
@@ -102,6 +103,32 @@ def test_values_and_gradients_are_those_of_the_whole_layer(
     monkeypatch.setattr(last_layer, "_WORTH", 0.0)
     whole = run_step(model, batch)
     # Some families keep float32 islands; their rounding depends on the rows beside.
+    assert torch.allclose(found.logps, whole.logps, rtol=0, atol=2e-6)
+    assert global_error(found.grads, whole.grads) < 1e-6
+
+
+# Parallel residuals, one projection for all, norms behind, no gate, layers that run in cycles.
+STRUCTURES = ("cohere", "gpt_neox", "olmo2", "opt", "hrm_text")
+
+
+@pytest.mark.parametrize("family", STRUCTURES)
+def test_other_structures(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "ffn_dim": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 200,
+        "word_embed_proj_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0,
+        "initializer_range": 0.3,
+    }  # fmt: skip
+    known = AutoConfig.for_model(family)
+    config = AutoConfig.for_model(family, **{k: v for k, v in sizes.items() if hasattr(known, k)})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    batch = collators()["shared_prefix"](AWKWARD)
+    found = run_step(model, batch)
+    monkeypatch.setattr(last_layer, "_WORTH", 0.0)
+    whole = run_step(model, batch)
     assert torch.allclose(found.logps, whole.logps, rtol=0, atol=2e-6)
     assert global_error(found.grads, whole.grads) < 1e-6
 
@@ -202,17 +229,50 @@ def test_a_part_that_runs_before_the_attention_computes_all_rows() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([FeedForwardFirst(), layer])
     x = torch.randn(1, 10, 4)
-    passes = [
-        Segments([Segment(0, 10)], np.array(scored)).for_scored() for scored in ([1, 2], [3, 4, 5])
-    ]
     with scored_rows_in_last_layer(model):
-        for segments in passes:
+        for scored in ([1, 2], [3, 4, 5]):
+            segments = Segments([Segment(0, 10)], np.array(scored)).for_scored()
             # As a checkpoint calls it again: no hooks of the layer.
             for run in (layer, layer.forward):
                 fed, queries = run(x, pair_segments=segments)
+                segments.scored_pass.is_over = True
                 assert torch.equal(fed, nn.functional.linear(x, layer.mlp.weight, layer.mlp.bias))
                 rows = queries[0].abs().sum(-1).nonzero().flatten().tolist()
                 assert rows == segments.scored.tolist()
+
+
+class RunsTwice(nn.Module):
+    """A layer that mixes tokens in its attention; the model's forward runs the stack twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = FeedForwardFirst.Attention(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        x = x + self.self_attn(x, **kwargs).cumsum(1)
+        return x + self.mlp(x).tanh()
+
+
+def test_a_model_that_runs_its_last_layer_again_gets_all_rows() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([RunsTwice(), RunsTwice()]).double()
+    x = torch.randn(1, 10, 4, dtype=torch.float64)
+    runs = []
+
+    def backbone(**kwargs: Any) -> torch.Tensor:
+        runs.append(kwargs["pair_segments"].scored_pass is not None)
+        hidden = x
+        for _ in range(2):
+            for layer in model.layers:
+                hidden = layer(hidden, **kwargs)
+        return hidden
+
+    segments = Segments([Segment(0, 10)], np.array([7, 8]))
+    expected = backbone(pair_segments=segments)
+    with scored_rows_in_last_layer(model):
+        for expected_runs in ([False, True, False], [False, True, False, True]):
+            found = run_backbone(backbone, {"pair_segments": segments.for_scored()})
+            assert torch.equal(found, expected) and runs == expected_runs
 
 
 def test_hooks_are_gone_afterwards() -> None:

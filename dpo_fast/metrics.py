@@ -135,6 +135,7 @@ class MetricBuffer:
         reduce: sums a tensor over the ranks; None in a single process.
         rank, num_ranks: of this process.
         copies: ranks that see the same pairs (tensor and sequence parallel): each pair counts once.
+        eval_copies: the same in evaluation; None: as many.
     """
 
     def __init__(
@@ -144,9 +145,11 @@ class MetricBuffer:
         rank: int = 0,
         num_ranks: int = 1,
         copies: int = 1,
+        eval_copies: int | None = None,
     ) -> None:
         self._reduce = reduce
-        self._rank, self._num_ranks, self._copies = rank, num_ranks, copies
+        self._rank, self._num_ranks = rank, num_ranks
+        self._copies = {"train": copies, "eval": copies if eval_copies is None else eval_copies}
         self._rows: dict[str, list[MicroBatchSums]] = {"train": [], "eval": []}
         self._steps: dict[str, list[int]] = {"train": [], "eval": []}
         self._has_aux = False
@@ -174,7 +177,7 @@ class MetricBuffer:
         if self._reduce is None:
             table, bad = table.cpu() + host, [float(first_bad)]
         else:
-            mine = (table + host.to(table.device)) / self._copies
+            mine = (table + host.to(table.device)) / self._copies[mode]
             packed = torch.cat((mine.flatten(), self._slot(first_bad)))
             both = self._reduce(packed).cpu()
             table, bad = both[: table.numel()].view(table.shape), both[table.numel() :].tolist()

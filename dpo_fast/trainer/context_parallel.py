@@ -1,128 +1,135 @@
-"""Context parallelism as accelerate sets it up: the ranks of a group share one micro-batch, each
-computing other positions of its rows.
+"""Context and sequence parallelism as accelerate sets them up: the ranks of a group share one
+micro-batch, each computing other positions of its rows.
 
-accelerate cuts tensors along their positions; a plan of scored tokens cannot be cut so. A batch is
-given to it with ``shift_labels`` in the plan's place, and each rank plans the positions that it
-got. Sums over sequences are then reduced over the group. Evaluation is cut likewise, but for
-``compute_metrics``, whose logits are of whole rows.
+``cp_size`` (FSDP2): the loader gives whole rows to the ranks of a group, and accelerate cuts them
+around the step, head and tail of the rows to one rank, so that causal attention costs all the same.
+Evaluation is cut likewise, but for ``compute_metrics``, whose logits are of whole rows.
 
-Legend: P pairs, T padded length, R ranks of a group.
+``sp_size`` (DeepSpeed): DeepSpeed's loader cuts the batches of training
+(:mod:`dpo_fast.trainer.ulysses`); evaluation is of whole rows, each rank's own.
+
+Legend: R ranks of a group.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpo_fast.batch import IGNORE_INDEX, SHIFT_KEY, is_right_padded, shifted_batch
+from dpo_fast.batch import SHIFT_KEY
+from dpo_fast.trainer import ulysses
+from dpo_fast.trainer.cut_rows import cuttable, refuse_options
 
 
 class ContextParallelMixin:
-    """Part of :class:`dpo_fast.Trainer`: batches that accelerate may cut."""
+    """Part of :class:`dpo_fast.Trainer`: batches whose rows are cut along their positions."""
 
     args: Any
     accelerator: Any
+    model: Any
     reference: Any
     processing_class: Any
+    data_collator: Any
+    batch_collator: Any
+
+    @property
+    def cut_by(self) -> str | None:
+        """What cuts rows along their positions, as the user set it; None where they are whole."""
+        for name in ("cp_size", "sp_size"):
+            if self._ranks_by(name) > 1:
+                return f"{name}={self._ranks_by(name)}"
+        return None
 
     @property
     def sequence_group(self) -> Any:
-        """The ``ProcessGroup`` over which rows are cut; None where they are whole."""
-        if self._context_ranks() == 1:
-            return None
-        return self.accelerator.torch_device_mesh["cp"].get_group()
+        """The ``ProcessGroup`` over which rows are cut; None where they are whole.
+
+        Under ``sp_size`` there is one once training has begun.
+        """
+        if self._ranks_by("cp_size") > 1:
+            return self.accelerator.torch_device_mesh["cp"].get_group()
+        return ulysses.group() if self._ranks_by("sp_size") > 1 else None
 
     def init_context_parallel(self) -> None:
         """Called when the accelerator exists, before the layout is chosen.
 
         Raises:
-            ValueError: sequence parallelism, or an option that cut rows cannot have.
+            ValueError: an option that cut rows cannot have, or DeepSpeed's attention the model.
+            ImportError: DeepSpeed is too old.
         """
-        refuse_cut_heads(self.accelerator)
-        if self._context_ranks() > 1:
-            refuse_options(self.args)
+        if self.cut_by is not None:
+            refuse_options(self.args, self.cut_by)
+        if self._ranks_by("sp_size") > 1:
+            ulysses.prepare(self.accelerator, self.args, self.model)
+
+    def loader_collator(self, collator: Any) -> Any:
+        """``collator`` as the training loader calls it."""
+        ranks = self._ranks_by("sp_size")
+        if ranks == 1:
+            return collator
+        return ulysses.AdapterCollator(collator, ranks, self.processing_class.pad_token_id)
 
     def hook_reference(self) -> None:
-        """A reference that is a model of its own attends as accelerate makes the policy attend."""
-        module: nn.Module | None = getattr(self.reference, "module", None)
-        if module is None or self._context_ranks() == 1:
-            return
-        from accelerate.big_modeling import _attach_context_parallel_hooks
+        """A reference that is a model of its own attends as the policy is made to attend.
 
-        _attach_context_parallel_hooks(module)
+        Raises:
+            ValueError: it cannot.
+        """
+        module: nn.Module | None = getattr(self.reference, "module", None)
+        if module is None:
+            return
+        if self._ranks_by("cp_size") > 1:
+            from accelerate.big_modeling import _attach_context_parallel_hooks
+
+            _attach_context_parallel_hooks(module)
+        if self._ranks_by("sp_size") > 1:
+            ulysses.refuse_other_attention(module, self.model)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """As in transformers, of batches that DeepSpeed's loader may have cut."""
+        if self._ranks_by("sp_size") > 1:
+            epoch_iterator = map(ulysses.unpack, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers. The value that it returns is averaged over all ranks for the log, and
         ranks of a group have the same loss, not shares of it.
         """
-        return super().training_step(*args, **kwargs) / self._context_ranks()  # type: ignore[misc]
+        return super().training_step(*args, **kwargs) / self._ranks_by("cp_size")  # type: ignore[misc]
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        ranks = self._context_ranks()
+        ranks = self._ranks_by("cp_size")
         if ranks > 1:
-            inputs = cuttable(inputs, ranks, self.processing_class.pad_token_id)
+            inputs = cuttable(inputs, 2 * ranks, self.processing_class.pad_token_id)
+        elif SHIFT_KEY in inputs:
+            inputs = ulysses.plan_positions(inputs)
         return super()._prepare_context_parallel_inputs(model, inputs)  # type: ignore[misc]
 
-    def _context_ranks(self) -> int:
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        return int(getattr(parallel, "cp_size", 1) or 1)
+    def reference_attention(self, inputs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Inside, a reference answers for the positions that this rank got of ``inputs``."""
+        if self._ranks_by("sp_size") == 1 or SHIFT_KEY not in inputs:
+            return contextlib.nullcontext()
+        return ulysses.exchanged_in_eval_mode(self.model.config._attn_implementation)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
 
-def cuttable(batch: dict[str, Any], ranks: int, pad_token_id: int) -> dict[str, Any]:
-    """A planned batch of padded rows as ``ranks`` may share it: ``input_ids``, ``position_ids`` and
-    ``shift_labels``, ``[2P, T]`` with T a multiple of ``2 * ranks`` (head and tail of the rows go
-    to one rank, so that causal attention costs all the same).
-
-    ``attention_mask`` is left out: of rows that are padded on the right, no scored position sees
-    padding.
-
-    Raises:
-        ValueError: rows are packed, or padded on the left.
-    """
-    mask = batch.get("attention_mask")
-    if mask is not None and not is_right_padded(mask):
-        raise ValueError(
-            "cp_size > 1: the batch has rows that are padded on the left, and cut rows are "
-            "attended causally without a mask: use a collator that pads on the right, as "
-            "dpo_fast's does."
-        )
-    shifted = {k: v for k, v in shifted_batch(batch).items() if k != "attention_mask"}
-    missing = -shifted["input_ids"].shape[1] % (2 * ranks)
-    width = shifted["input_ids"].shape[1] + missing
-    for key, value in (("input_ids", pad_token_id), (SHIFT_KEY, IGNORE_INDEX)):
-        shifted[key] = F.pad(shifted[key], (0, missing), value=value).contiguous()
-    ids: Tensor = shifted["input_ids"]
-    shifted["position_ids"] = torch.arange(width, device=ids.device).repeat(ids.shape[0], 1)
-    return shifted
-
-
-def refuse_options(args: Any) -> None:
-    """Raise ValueError for what needs whole rows on each rank; with the remedy."""
-    wrong = {
-        "batch_layout": args.batch_layout not in ("auto", "padded"),
-        "ld_alpha": args.ld_alpha is not None,
-        "max_tokens_per_batch": args.max_tokens_per_batch is not None,
-        "router_aux_loss_coef": bool(args.router_aux_loss_coef),
-        "activation_offloading": args.activation_offloading,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
+        Raises:
+            ValueError: under ``sp_size``, before training.
+        """
+        if self._ranks_by("sp_size") > 1 and not self.accelerator._models:
             raise ValueError(
-                f"{name}={getattr(args, name)!r} needs whole rows on each rank, and cp_size > 1 "
-                f"cuts them along their positions: leave {name} at its default, or use FSDP2 "
-                "without context parallelism."
+                f"evaluate() and predict() under {self.cut_by} come after train(): DeepSpeed makes "
+                "its groups of ranks once, when it takes the model with an optimizer. Use "
+                "eval_on_start=True, or leave sp_size at 1 to evaluate alone."
             )
+        return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
-
-def refuse_cut_heads(accelerator: Any) -> None:
-    """Raise ValueError under DeepSpeed's sequence parallelism, whose loaders cut every tensor."""
-    parallel = getattr(accelerator, "parallelism_config", None)
-    size = getattr(parallel, "sp_size", 1) or 1
-    if size > 1:
-        raise ValueError(
-            f"parallelism_config has sp_size={size}: DeepSpeed's loader would cut the trainer's "
-            "plans of scored tokens as if they were rows. Use context parallelism (cp_size, with "
-            "FSDP2); or, in a loop of your own, score a batch with shift_labels by "
-            "fused_linear_dpo(..., sequence_group=...)."
-        )
+    def _ranks_by(self, name: str) -> int:
+        """R by ``"cp_size"`` or ``"sp_size"``."""
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        return int(getattr(parallel, name, 1) or 1)

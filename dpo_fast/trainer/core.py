@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpo_fast.backends import choose as choose_backend
 from dpo_fast.backends import filtered
-from dpo_fast.batch import COUNT_KEYS
+from dpo_fast.batch import COUNT_KEYS, SHIFT_KEY
 from dpo_fast.checkpoint import probe_writable
 from dpo_fast.config import REMOVED_FIELDS, DPOConfig, refuse_removed
 from dpo_fast.functional.segments import refuse_without_float64
@@ -182,14 +182,15 @@ class Trainer(
         num_items_in_batch: BatchCounts | None = None,
     ) -> Any:
         """This micro-batch's share of the mean over the global batch; see :class:`Objective`."""
-        output = self.objective(
-            model,
-            inputs,
-            self.reference,
-            num_items_in_batch,
-            token_stats=self.wants_token_stats(),
-            sequence_group=self.sequence_group,
-        )
+        with self.reference_attention(inputs):
+            output = self.objective(
+                model,
+                inputs,
+                self.reference,
+                num_items_in_batch,
+                token_stats=self.wants_token_stats(),
+                sequence_group=self.sequence_group if SHIFT_KEY in inputs else None,
+            )
         self.record(output, [inputs[key] for key in COUNT_KEYS])
         # DDP and its kin average gradients over the ranks; the share is already of the global sum.
         loss = output.loss
@@ -228,18 +229,22 @@ class Trainer(
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks over which the engine averages gradients."""
-        return self.accelerator.num_processes // self.get_tp_size()
+        """Ranks over which the engine averages gradients; DeepSpeed sums those of ranks that share
+        rows.
+        """
+        return self.accelerator.num_processes // (self.get_tp_size() * self.get_sp_size())
 
     @property
     def ranks_per_pair(self) -> int:
-        """Ranks that see the same pairs: those of a tensor, context or sequence parallel group."""
-        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        """Ranks that train on the same pairs: those of a tensor, context or sequence parallel
+        group.
+        """
+        return self.ranks_per_eval_pair * self.get_sp_size()
 
     @property
-    def data_ranks(self) -> int:
-        """Ranks, or groups of ranks, that see pairs of their own."""
-        return self.accelerator.num_processes // self.ranks_per_pair
+    def ranks_per_eval_pair(self) -> int:
+        """Ranks that evaluate the same pairs: DeepSpeed cuts no rows of an evaluation."""
+        return self.get_tp_size() * self.get_cp_size()
 
     def _get_num_items_in_batch(  # type: ignore[override]
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -295,7 +300,8 @@ class Trainer(
         # pair. The base class repeats a batch's loss as often as a whole batch has pairs, and only
         # cuts the last one where it knows the length: not of a stream.
         pairs = self._eval_pairs
-        if tensor.dim() == 1 and self.data_ranks == 1:
+        alone = self.accelerator.num_processes == self.ranks_per_eval_pair
+        if tensor.dim() == 1 and alone:
             return self._gather_once(tensor[:pairs])
         if tensor.dim() < 2 or tensor.shape[0] != 2 * pairs:
             return self._gather_once(tensor)
@@ -304,9 +310,10 @@ class Trainer(
 
     def _gather_once(self, tensor: Tensor) -> Tensor:
         # of ranks that see the same pairs, which are neighbours, gather_for_metrics would take all
-        if self.ranks_per_pair == 1:
+        copies = self.ranks_per_eval_pair
+        if copies == 1:
             return self.accelerator.gather_for_metrics(tensor)
-        alike = self.accelerator.gather(tensor).unflatten(0, (-1, self.ranks_per_pair, len(tensor)))
+        alike = self.accelerator.gather(tensor).unflatten(0, (-1, copies, len(tensor)))
         once, ending = alike[:, 0].flatten(0, 1), self.accelerator.gradient_state
         return (
             once[: ending.remainder] if ending.end_of_dataloader and ending.remainder > 0 else once

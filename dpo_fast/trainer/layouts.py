@@ -79,7 +79,7 @@ class LayoutsMixin:
             self.batch_collator = PlannedCollator(data_collator, plan_rows=self._row_planner())
         else:
             self.batch_collator = self._collator(self.layout)
-        self.data_collator = self.batch_collator
+        self.data_collator = self.loader_collator(self.batch_collator)  # type: ignore[attr-defined]
         self._budget = self._token_budget()
         if self._budget is not None:
             self.data_collator = collect_rows
@@ -110,8 +110,8 @@ class LayoutsMixin:
     def _why_padded(self, data_collator: Collator | None) -> str | None:
         if data_collator is not None:
             return "the data collator is the caller's own"
-        if self.sequence_group is not None:  # type: ignore[attr-defined]
-            return "cp_size > 1 cuts rows along their positions"
+        if self.cut_by is not None:  # type: ignore[attr-defined]
+            return f"{self.cut_by} cuts rows along their positions"  # type: ignore[attr-defined]
         return None
 
     def _train_lengths(self) -> PairLengths | None:

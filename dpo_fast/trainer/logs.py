@@ -31,6 +31,7 @@ class LogsMixin:
             rank=self.accelerator.process_index,
             num_ranks=ranks,
             copies=self.ranks_per_pair,  # type: ignore[attr-defined]
+            eval_copies=self.ranks_per_eval_pair,  # type: ignore[attr-defined]
         )
         self._perf = PerfMeter(self.model)
 

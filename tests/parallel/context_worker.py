@@ -19,6 +19,7 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "frozen, ipo": ("frozen", {"loss_type": ["ipo"]}),
     "precomputed, accumulated": ("precomputed", {"gradient_accumulation_steps": 2}),
     "adapter": ("adapter", {}),
+    "moving": ("ema", {}),
 }
 
 

@@ -31,8 +31,7 @@ class ContextParallelMixin:
     model: Any
     reference: Any
     processing_class: Any
-    data_collator: Any
-    batch_collator: Any
+    _resumed_from: str | None = None
 
     @property
     def cut_by(self) -> str | None:
@@ -87,6 +86,26 @@ class ContextParallelMixin:
         if self._ranks_by("sp_size") > 1:
             ulysses.refuse_other_attention(module, self.model)
 
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: under ``sp_size``, a checkpoint from within an epoch.
+        """
+        self._resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As in transformers; a loader that DeepSpeed will wrap is told the epoch to go on from,
+        since its wrapper takes none.
+        """
+        values = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        if self._ranks_by("sp_size") > 1 and self._resumed_from is not None:
+            per_epoch = values[1]
+            epoch = ulysses.epoch_of(self._resumed_from, per_epoch, args.ignore_data_skip)
+            dataloader.set_epoch(epoch)
+        return values
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
@@ -95,11 +114,21 @@ class ContextParallelMixin:
             epoch_iterator = map(ulysses.unpack, epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
 
+    @property
+    def summed_ranks(self) -> int:
+        """Ranks of a group whose gradients the engine sums, before it averages over groups; 1 where
+        it averages over all.
+
+        DeepSpeed (0.18.4 to 0.19.8) sums them in ZeRO-2 and averages them in ZeRO-3.
+        """
+        return 1 if self.engine == "zero3" else self._ranks_by("sp_size")  # type: ignore[attr-defined]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers. The value that it returns is averaged over all ranks for the log, and
         ranks of a group have the same loss, not shares of it.
         """
-        return super().training_step(*args, **kwargs) / self._ranks_by("cp_size")  # type: ignore[misc]
+        alike = self._ranks_by("cp_size") * self._ranks_by("sp_size")
+        return super().training_step(*args, **kwargs) / (alike // self.summed_ranks)  # type: ignore[misc]
 
     def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         ranks = self._ranks_by("cp_size")

@@ -229,10 +229,8 @@ class Trainer(
 
     @property
     def data_parallel_size(self) -> int:
-        """Ranks over which the engine averages gradients; DeepSpeed sums those of ranks that share
-        rows.
-        """
-        return self.accelerator.num_processes // (self.get_tp_size() * self.get_sp_size())
+        """Ranks over which the engine averages gradients."""
+        return self.accelerator.num_processes // (self.get_tp_size() * self.summed_ranks)
 
     @property
     def ranks_per_pair(self) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dpo_fast.reference.rows import REF_COLUMNS
 from dpo_fast.reference.shards import is_unit, reshard_all
 
 logger = logging.getLogger("dpo_fast")
@@ -141,6 +142,16 @@ class EnginesMixin:
         where = self.args.output_dir
         with readable_checkpoint(resume_from_checkpoint, self.accelerator, where) as path:
             return super().train(path, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As in transformers, which under DeepSpeed casts floating-point inputs to the model's
+        dtype: reference log-probs stay float32.
+        """
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        for key in REF_COLUMNS:
+            if key in inputs:
+                prepared[key] = inputs[key].to(self.args.device)
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in transformers, which has just had DeepSpeed read its part of the checkpoint."""

@@ -12,12 +12,15 @@ DeepSpeed is imported only where accelerate has set it up. Legend: P pairs, T pa
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dpo_fast.batch import IGNORE_INDEX, SHIFT_KEY, WHOLE_LENS_KEY, plan_shifted
 from dpo_fast.trainer.cut_rows import CUT_KEYS, cuttable
@@ -107,6 +110,7 @@ def prepare(accelerator: Any, args: Any, model: nn.Module) -> None:
             "(cp_size) with FSDP2."
         )
     refuse_varying_batches(args)
+    refuse_two_scales(plugin.deepspeed_config)
     require_whole_evaluation()
     handler = parallel.sp_handler
     handler.sp_attn_implementation = choose_attention(model, handler.sp_attn_implementation)
@@ -130,6 +134,19 @@ def refuse_varying_batches(args: Any) -> None:
                 f"per_device_train_batch_size={args.per_device_train_batch_size}, and sp_size > 1 "
                 f"needs all of one size: leave {name} at its default."
             )
+
+
+def refuse_two_scales(config: dict[str, Any]) -> None:
+    """Raise ValueError for a DeepSpeed config under which ZeRO-3 would average the gradients of
+    large parameters over the ranks of a group, and sum those of small ones.
+    """
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("reduce_scatter", True):
+        raise ValueError(
+            "zero_optimization.reduce_scatter=false: under sp_size > 1 ZeRO-3 would scale the "
+            "gradients of small and of large parameters differently (by sp_size): leave "
+            "reduce_scatter at true."
+        )
 
 
 def require_whole_evaluation() -> None:
@@ -198,6 +215,23 @@ def refuse_other_attention(reference: nn.Module, policy: nn.Module) -> None:
                 "sp_size > 1 both run through one attention, which is made for the policy. Load "
                 "ref_model alike, or use reference='precomputed'."
             )
+
+
+def epoch_of(checkpoint: str, steps_per_epoch: int, ignore_data_skip: bool) -> int:
+    """The epoch that a run goes on with from ``checkpoint``.
+
+    Raises:
+        ValueError: its steps end within an epoch: DeepSpeed's loader cannot skip batches.
+    """
+    step = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    if step % steps_per_epoch and not ignore_data_skip:
+        raise ValueError(
+            f"{checkpoint} was written at step {step}, within an epoch of {steps_per_epoch} steps, "
+            "and under sp_size > 1 DeepSpeed's loader cannot skip the batches before it: resume "
+            "from the end of an epoch (save_strategy='epoch'), or set ignore_data_skip=True, which "
+            "starts that epoch anew."
+        )
+    return step // steps_per_epoch
 
 
 @contextmanager

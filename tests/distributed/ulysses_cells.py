@@ -4,6 +4,8 @@ Accelerate, transformers and DeepSpeed are the real ones, gloo's all-to-all amon
 needs beside is :mod:`tests.distributed.deepspeed_on_cpu`.
 """
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from tests.distributed import cells
@@ -11,21 +13,40 @@ from tests.distributed.train_cells import reset, use
 from tests.parallel.context_worker import make
 from tests.trainer.parity import rows
 
+# Clipped gradients would hide their scale.
+UNCLIPPED = {"max_grad_norm": 1e6}
+# Of the data's 24 pairs: three steps of two micro-batches of two for each of two groups of ranks,
+FOUR = {**UNCLIPPED, "per_device_train_batch_size": 2}
+# or an epoch of three steps of two micro-batches of four.
+EPOCH = {**UNCLIPPED, "gradient_accumulation_steps": 2}
+
 
 def main(spec: dict[str, Any], rank: int) -> dict[str, Any]:
-    """``spec``: runs, ``[[engine, [name of a cell of tests.parallel.context_worker, ...]], ...]``."""
-    from accelerate import ParallelismConfig
-
+    """``spec``: ranks; runs: ``[[engine, [name of a cell of tests.parallel.context_worker, ...]],
+    ...]``; resumed: whether the run that stops after an epoch is wanted, too.
+    """
     found = {}
     for engine, names in spec["runs"]:
         for name in names:
-            fresh_process()
-            parallel = ParallelismConfig(sp_size=2, sp_backend="deepspeed")
-            trainer = make(name, **use(engine), parallelism_config=parallel)
-            assert (trainer.engine, trainer.layout.name) == (engine, "padded")
-            assert (trainer.ranks_per_pair, trainer.ranks_per_eval_pair) == (2, 1)
+            more = UNCLIPPED if spec["ranks"] == 2 else {**FOUR, "gradient_accumulation_steps": 2}
+            trainer = begin(engine, name, spec["ranks"], **more)
             found[f"{engine}/{name}"] = trained(trainer, watch(trainer))
+    if spec["resumed"]:
+        found["resumed"] = resumed(spec["ranks"])
     return found
+
+
+def begin(engine: str, name: str, ranks: int, **more: Any) -> Any:
+    from accelerate import ParallelismConfig
+
+    fresh_process()
+    parallel = ParallelismConfig(
+        sp_size=2, sp_backend="deepspeed", dp_replicate_size=1, dp_shard_size=ranks // 2
+    )
+    trainer = make(name, **use(engine), parallelism_config=parallel, **more)
+    assert (trainer.engine, trainer.layout.name) == (engine, "padded")
+    assert (trainer.ranks_per_pair, trainer.ranks_per_eval_pair) == (2, 1)
+    return trainer
 
 
 def trained(trainer: Any, watched: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -61,6 +82,34 @@ def watch(trainer: Any) -> dict[str, Any]:
     trainer.compute_loss = compute_loss
     ulysses_sp._dim_zero_all_to_all = all_to_all
     return {"widths": widths, "exchanges": exchanges}
+
+
+def resumed(ranks: int) -> dict[str, Any]:
+    """What a run of five steps left that went on from the end of its first epoch, and the error of
+    one that was asked to go on from within it.
+    """
+    folder = shared_folder()
+    saving = {**EPOCH, "save_strategy": "steps", "save_steps": 1, "output_dir": str(folder)}
+    begin("zero2", "frozen, ipo", ranks, **saving).train()
+    trainer = begin("zero2", "frozen, ipo", ranks, **saving | {"max_steps": 5})
+    before = cells.whole(trainer.model)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    within = begin("zero2", "frozen, ipo", ranks, **saving | {"max_steps": 5})
+    error = ""
+    try:
+        within.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    except ValueError as refusal:
+        error = str(refusal)
+    return {**cells.result(trainer, before), "error": error}
+
+
+def shared_folder() -> Path:
+    """A folder that all ranks know by the same name."""
+    import torch.distributed as dist
+
+    names = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    return Path(names[0])
 
 
 def fresh_process() -> None:

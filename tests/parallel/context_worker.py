@@ -29,8 +29,9 @@ def make(name: str, **more: Any) -> Any:
 
     strategy, options = CELLS[name]
     arguments, shared, own = strategy_arguments(strategy)
-    config = config_kwargs(**{**shared, **own, "batch_layout": "padded", **options, **more})
-    config |= {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
+    sgd = {"optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
+    fields = {**shared, **own, "batch_layout": "padded", **sgd, **options, **more}
+    config = config_kwargs(**fields)
     return dpo_fast.Trainer(
         tiny_model("llama"),
         arguments.get("ref_model"),

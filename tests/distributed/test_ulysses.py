@@ -52,11 +52,13 @@ def one() -> Callable[[str], dict[str, Any]]:
     return of
 
 
-def assert_same(found: dict[str, Any], right: dict[str, Any]) -> None:
+def assert_same(
+    found: dict[str, Any], right: dict[str, Any], metrics: tuple[str, ...] = METRICS
+) -> None:
     """Metrics of each step within 1e-5, the whole update within 1e-4."""
     assert len(found["log"]) == len(right["log"]) > 1
     for ours, theirs in zip(found["log"], right["log"], strict=True):
-        for key in METRICS:
+        for key in metrics:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=2e-6), key
     runs = (Run(r["before"], r["after"], r["log"], None) for r in (found, right))
     assert relative_update_error(*runs) < 1e-4
@@ -85,10 +87,16 @@ def test_each_rank_computes_half_of_the_positions(engine: str, name: str, two: R
 
 @pytest.mark.parametrize("engine", [engine for engine, _ in GROUPS])
 def test_two_groups_of_two_ranks(engine: str, four: Ranks) -> None:
-    """Four ranks load one micro-batch each, and their groups work through two of them a step."""
+    """Four ranks load one micro-batch each, and each group works through two of them a step.
+
+    Token metrics are means over micro-batches, and the ranks' are one micro-batch to them.
+    """
+    of_pairs = ("loss", "grad_norm", "num_tokens")
+    metrics = tuple(k for k in METRICS if k in of_pairs or "rewards" in k or "logps" in k)
     right = trained(make("frozen, ipo", **FOUR, gradient_accumulation_steps=4))
     for found in (rank[f"{engine}/frozen, ipo"] for rank in four):
-        assert_same(found, right)
+        assert_same(found, right, metrics)
+        assert len(set(found["widths"])) > 1  # DeepSpeed gathered rows of several lengths
 
 
 def test_a_run_goes_on_from_the_end_of_an_epoch(two: Ranks) -> None:
@@ -101,4 +109,3 @@ def test_a_checkpoint_from_within_an_epoch_is_refused(two: Ranks) -> None:
     for found in (rank["resumed"] for rank in two):
         assert "at step 2, within an epoch of 3 steps" in found["error"]
         assert "ignore_data_skip=True" in found["error"]
-

@@ -1,7 +1,7 @@
 """One rank of a launch: trainings whose rows DeepSpeed's sequence parallelism cuts.
 
-Accelerate, transformers and DeepSpeed are the real ones, gloo's all-to-all among them; what a CPU
-needs beside is :mod:`tests.distributed.deepspeed_on_cpu`.
+Accelerate, transformers and DeepSpeed are the real ones, and so is gloo's all-to-all; what a CPU
+needs beside is in :mod:`tests.distributed.deepspeed_on_cpu`.
 """
 
 import tempfile
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import cells
+from tests.distributed.deepspeed_on_cpu import gather_uneven
 from tests.distributed.train_cells import reset, use
 from tests.parallel.context_worker import make
 from tests.trainer.parity import rows
@@ -25,6 +26,7 @@ def main(spec: dict[str, Any], rank: int) -> dict[str, Any]:
     """``spec``: ranks; runs: ``[[engine, [name of a cell of tests.parallel.context_worker, ...]],
     ...]``; resumed: whether the run that stops after an epoch is wanted, too.
     """
+    gather_uneven()
     found = {}
     for engine, names in spec["runs"]:
         for name in names:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_fast.batch import SHIFT_KEY, WHOLE_LENS_KEY, TokenPlan
-from dpo_fast.trainer.context_parallel import cuttable, refuse_cut_heads, refuse_options
+from dpo_fast.trainer.cut_rows import cuttable, refuse_options
 from tests.layouts.compare import AWKWARD, collators
 from tests.parallel.context_worker import CELLS, make, trained
 from tests.parallel.launch import run_ranks
@@ -44,7 +44,7 @@ def test_two_ranks_train_and_evaluate_as_one_process(ranks: list[Any], name: str
 def test_a_batch_that_may_be_cut() -> None:
     batch = collators()["padded"](AWKWARD)
     plan = TokenPlan.from_batch(batch)
-    cut = cuttable(batch, 3, pad_token_id=7)
+    cut = cuttable(batch, 6, pad_token_id=7)
     width = cut["input_ids"].shape[1]
     assert width % 6 == 0 and width - batch["input_ids"].shape[1] < 6
     assert cut[SHIFT_KEY].shape == cut["position_ids"].shape == cut["input_ids"].shape
@@ -60,6 +60,13 @@ def test_left_padding_is_refused() -> None:
     batch = collators()["padded"](AWKWARD)
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     with pytest.raises(ValueError, match=r"padded on the left.*pads on the right"):
+        cuttable(batch, 2, pad_token_id=0)
+
+
+def test_other_tensors_of_whole_rows_are_refused() -> None:
+    batch = collators()["padded"](AWKWARD)
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(ValueError, match=r"'token_type_ids'.*only input_ids.*leave it out"):
         cuttable(batch, 2, pad_token_id=0)
 
 
@@ -81,13 +88,8 @@ def test_options_that_need_whole_rows_are_refused(name: str, value: Any) -> None
         "router_aux_loss_coef": None,
         "activation_offloading": False,
     }
-    refuse_options(SimpleNamespace(**fine))
-    with pytest.raises(ValueError, match=f"{name}={value!r} needs whole rows"):
-        refuse_options(SimpleNamespace(**{**fine, name: value}))
-
-
-def test_deepspeeds_sequence_parallelism_is_refused_by_name() -> None:
-    refuse_cut_heads(SimpleNamespace())
-    refuse_cut_heads(SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=1, cp_size=2)))
-    with pytest.raises(ValueError, match=r"sp_size=4.*cp_size.*sequence_group"):
-        refuse_cut_heads(SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=4)))
+    refuse_options(SimpleNamespace(**fine), "cp_size=2")
+    for cut_by, size in (("cp_size=2", "cp_size at 1"), ("sp_size=4", "sp_size at 1")):
+        rule = f"{name}={value!r} needs whole rows .*{cut_by} cuts.*{size}"
+        with pytest.raises(ValueError, match=rule):
+            refuse_options(SimpleNamespace(**{**fine, name: value}), cut_by)

@@ -56,7 +56,7 @@ class ContextParallelMixin:
 
         Raises:
             ValueError: an option that cut rows cannot have, or DeepSpeed's attention the model.
-            ImportError: DeepSpeed is too old.
+            ImportError: DeepSpeed or accelerate is too old.
         """
         if self.cut_by is not None:
             refuse_options(self.args, self.cut_by)
@@ -150,12 +150,14 @@ class ContextParallelMixin:
         Raises:
             ValueError: under ``sp_size``, before training.
         """
-        if self._ranks_by("sp_size") > 1 and not self.accelerator._models:
-            raise ValueError(
-                f"evaluate() and predict() under {self.cut_by} come after train(): DeepSpeed makes "
-                "its groups of ranks once, when it takes the model with an optimizer. Use "
-                "eval_on_start=True, or leave sp_size at 1 to evaluate alone."
-            )
+        if self._ranks_by("sp_size") > 1:
+            if not self.accelerator._models:
+                raise ValueError(
+                    f"evaluate() and predict() under {self.cut_by} come after train(): DeepSpeed "
+                    "makes its groups of ranks once, when it takes the model with an optimizer. "
+                    "Use eval_on_start=True, or leave sp_size at 1 to evaluate alone."
+                )
+            ulysses.undo_replication(self.model, getattr(self.reference, "module", None))
         return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def _ranks_by(self, name: str) -> int:

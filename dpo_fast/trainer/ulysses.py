@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -99,7 +100,7 @@ def prepare(accelerator: Any, args: Any, model: nn.Module) -> None:
 
     Raises:
         ValueError: no DeepSpeed, micro-batches of varying size, or an attention that cannot be cut.
-        ImportError: a DeepSpeed that exchanges heads in evaluation, too.
+        ImportError: packages under which heads are exchanged in evaluation, too.
     """
     parallel = accelerator.parallelism_config
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
@@ -150,19 +151,35 @@ def refuse_two_scales(config: dict[str, Any]) -> None:
 
 
 def require_whole_evaluation() -> None:
-    """Raise ImportError for a DeepSpeed whose attention exchanges heads in evaluation, where each
-    rank has rows of its own.
+    """Raise ImportError for packages under which attention exchanges heads in evaluation, too,
+    where each rank has rows of its own.
     """
+    import accelerate
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     register = UlyssesSPAttentionHF.register_with_transformers
-    if "disable_in_eval" not in inspect.signature(register).parameters:
+    knows = "disable_in_eval" in inspect.signature(register).parameters
+    if not knows or Version(accelerate.__version__) < Version("1.13"):
         raise ImportError(
-            f"deepspeed {deepspeed.__version__} exchanges attention heads in evaluation, too "
-            "(no disable_in_eval), where every rank has rows of its own: upgrade it (tested: "
-            "0.19.8), or use context parallelism (cp_size) with FSDP2."
+            f"deepspeed {deepspeed.__version__} and accelerate {accelerate.__version__} exchange "
+            "attention heads in evaluation, too, where every rank has rows of its own: "
+            "sp_size > 1 needs accelerate>=1.13 and a deepspeed with disable_in_eval (tested: "
+            "0.19.8)."
         )
+
+
+def undo_replication(*models: nn.Module | None) -> None:
+    """Key-value heads of attention modules as they are in whole rows: where there are fewer than
+    ranks, DeepSpeed replicates them in each forward of training, and leaves their count behind.
+    """
+    for model in filter(None, models):
+        config: Any = model.config
+        config = config.get_text_config()
+        groups = config.num_attention_heads // config.num_key_value_heads
+        for module in model.modules():
+            if hasattr(module, "num_key_value_groups"):
+                module.num_key_value_groups = groups  # type: ignore[assignment]
 
 
 def choose_attention(model: nn.Module, asked: str | None) -> str:

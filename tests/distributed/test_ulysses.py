@@ -17,12 +17,18 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="gloo: not in this torch"),
     pytest.mark.skipif(not has_deepspeed(), reason="deepspeed: not installed (make test does)"),
 ]
+# engine, ranks that share a row, cells
 TWO = [
-    ("zero2", ["frozen, sigmoid + sft", "frozen, ipo", "precomputed, accumulated", "adapter"]),
-    ("zero3", ["frozen, sigmoid + sft", "adapter", "moving"]),
+    ("zero2", 2, ["frozen, sigmoid + sft", "frozen, ipo", "precomputed, accumulated", "adapter"]),
+    ("zero3", 2, ["frozen, sigmoid + sft", "adapter", "moving"]),
 ]
-# Two groups of two ranks.
-GROUPS = [("zero2", ["frozen, ipo"]), ("zero3", ["frozen, ipo"])]
+CELLS = [(f"{engine}/{size}/{name}", name) for engine, size, names in TWO for name in names]
+# Two groups of two ranks; and one of four, more than the model has key-value heads.
+FOUR_RANKS = [
+    ("zero2", 2, ["frozen, ipo"]),
+    ("zero3", 2, ["frozen, ipo"]),
+    ("zero2", 4, ["frozen, sigmoid + sft"]),
+]
 LAYERS, PROJECTIONS = 2, 4  # of the tiny model; query, key, value, and the answer's way back
 Ranks = list[dict[str, Any]]
 
@@ -35,7 +41,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    spec = {"engine": "zero", "ranks": 4, "runs": GROUPS, "resumed": False}
+    spec = {"engine": "zero", "ranks": 4, "runs": FOUR_RANKS, "resumed": False}
     return launch(4, "ulysses_cells", spec, tmp_path_factory.mktemp("four"))
 
 
@@ -64,39 +70,53 @@ def assert_same(
     assert relative_update_error(*runs) < 1e-4
 
 
-@pytest.mark.parametrize("engine,name", [(engine, name) for engine, names in TWO for name in names])
-def test_two_ranks_train_as_one_process(engine: str, name: str, two: Ranks, one: Any) -> None:
-    right = one(name)
-    for found in (rank[f"{engine}/{name}"] for rank in two):
-        assert_same(found, right)
-        for key, value in found["eval"].items():
-            if key == "eval_loss" or "rewards" in key or "logps" in key:
-                assert value == pytest.approx(right["eval"][key], rel=1e-5, abs=2e-6), key
+def assert_same_evaluation(found: dict[str, Any], right: dict[str, Any]) -> None:
+    """Of pairs: token metrics are means over micro-batches, and those of all ranks are one."""
+    keys = [k for k in right["eval"] if k == "eval_loss" or "rewards" in k or "logps" in k]
+    assert len(keys) == 7
+    for key in keys:
+        assert found["eval"][key] == pytest.approx(right["eval"][key], rel=1e-5, abs=2e-6), key
 
 
-@pytest.mark.parametrize("engine,name", [(engine, name) for engine, names in TWO for name in names])
-def test_each_rank_computes_half_of_the_positions(engine: str, name: str, two: Ranks) -> None:
+@pytest.mark.parametrize("cell,name", CELLS)
+def test_two_ranks_train_as_one_process(cell: str, name: str, two: Ranks, one: Any) -> None:
+    for found in (rank[cell] for rank in two):
+        assert_same(found, one(name))
+        assert_same_evaluation(found, one(name))
+
+
+@pytest.mark.parametrize("cell,name", CELLS)
+def test_each_rank_computes_half_of_the_positions(cell: str, name: str, two: Ranks) -> None:
     """Of the policy, and of a reference that is run, through DeepSpeed's all-to-all."""
     micro_batches = 6 if "accumulated" in name else 3
     models = 1 if "precomputed" in name else 2
-    for found in (rank[f"{engine}/{name}"] for rank in two):
+    for found in (rank[cell] for rank in two):
         assert found["widths"] == [12] * micro_batches  # of 24, as max_length cuts the rows
         assert len(found["exchanges"]) == micro_batches * models * LAYERS * PROJECTIONS
         assert {shape[:3] for shape in found["exchanges"]} == {(2, 12, 8)}  # ranks, T / 2, 2P
 
 
-@pytest.mark.parametrize("engine", [engine for engine, _ in GROUPS])
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_two_groups_of_two_ranks(engine: str, four: Ranks) -> None:
     """Four ranks load one micro-batch each, and each group works through two of them a step.
 
-    Token metrics are means over micro-batches, and the ranks' are one micro-batch to them.
+    Token metrics are means over micro-batches, and those of both groups are one.
     """
     of_pairs = ("loss", "grad_norm", "num_tokens")
     metrics = tuple(k for k in METRICS if k in of_pairs or "rewards" in k or "logps" in k)
     right = trained(make("frozen, ipo", **FOUR, gradient_accumulation_steps=4))
-    for found in (rank[f"{engine}/frozen, ipo"] for rank in four):
+    for found in (rank[f"{engine}/2/frozen, ipo"] for rank in four):
         assert_same(found, right, metrics)
         assert len(set(found["widths"])) > 1  # DeepSpeed gathered rows of several lengths
+
+
+def test_more_ranks_than_key_value_heads(four: Ranks, one: Any) -> None:
+    """DeepSpeed replicates the heads in training; evaluation finds them as they were."""
+    right = one("frozen, sigmoid + sft")
+    for found in (rank["zero2/4/frozen, sigmoid + sft"] for rank in four):
+        assert found["widths"] == [6] * 3
+        assert_same(found, right)
+        assert_same_evaluation(found, right)
 
 
 def test_a_run_goes_on_from_the_end_of_an_epoch(two: Ranks) -> None:

@@ -23,31 +23,34 @@ EPOCH = {**UNCLIPPED, "gradient_accumulation_steps": 2}
 
 
 def main(spec: dict[str, Any], rank: int) -> dict[str, Any]:
-    """``spec``: ranks; runs: ``[[engine, [name of a cell of tests.parallel.context_worker, ...]],
-    ...]``; resumed: whether the run that stops after an epoch is wanted, too.
+    """``spec``: ranks; runs: ``[[engine, sp_size, [name of a cell of
+    tests.parallel.context_worker, ...]], ...]``; resumed: whether the run that stops after an epoch
+    is wanted, too.
     """
     gather_uneven()
     found = {}
-    for engine, names in spec["runs"]:
+    for engine, size, names in spec["runs"]:
+        groups = spec["ranks"] // size
+        more = UNCLIPPED if groups == 1 else {**FOUR, "gradient_accumulation_steps": 2}
         for name in names:
-            more = UNCLIPPED if spec["ranks"] == 2 else {**FOUR, "gradient_accumulation_steps": 2}
-            trainer = begin(engine, name, spec["ranks"], **more)
-            found[f"{engine}/{name}"] = trained(trainer, watch(trainer))
+            trainer = begin(engine, name, size, groups, **more)
+            found[f"{engine}/{size}/{name}"] = trained(trainer, watch(trainer))
     if spec["resumed"]:
-        found["resumed"] = resumed(spec["ranks"])
+        found["resumed"] = resumed()
     return found
 
 
-def begin(engine: str, name: str, ranks: int, **more: Any) -> Any:
+def begin(engine: str, name: str, size: int = 2, groups: int = 1, **more: Any) -> Any:
+    """The trainer of a cell on groups of ``size`` ranks."""
     from accelerate import ParallelismConfig
 
     fresh_process()
     parallel = ParallelismConfig(
-        sp_size=2, sp_backend="deepspeed", dp_replicate_size=1, dp_shard_size=ranks // 2
+        sp_size=size, sp_backend="deepspeed", dp_replicate_size=1, dp_shard_size=groups
     )
     trainer = make(name, **use(engine), parallelism_config=parallel, **more)
     assert (trainer.engine, trainer.layout.name) == (engine, "padded")
-    assert (trainer.ranks_per_pair, trainer.ranks_per_eval_pair) == (2, 1)
+    assert (trainer.ranks_per_pair, trainer.ranks_per_eval_pair) == (size, 1)
     return trainer
 
 
@@ -86,17 +89,17 @@ def watch(trainer: Any) -> dict[str, Any]:
     return {"widths": widths, "exchanges": exchanges}
 
 
-def resumed(ranks: int) -> dict[str, Any]:
+def resumed() -> dict[str, Any]:
     """What a run of five steps left that went on from the end of its first epoch, and the error of
     one that was asked to go on from within it.
     """
     folder = shared_folder()
     saving = {**EPOCH, "save_strategy": "steps", "save_steps": 1, "output_dir": str(folder)}
-    begin("zero2", "frozen, ipo", ranks, **saving).train()
-    trainer = begin("zero2", "frozen, ipo", ranks, **saving | {"max_steps": 5})
+    begin("zero2", "frozen, ipo", **saving).train()
+    trainer = begin("zero2", "frozen, ipo", **saving | {"max_steps": 5})
     before = cells.whole(trainer.model)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
-    within = begin("zero2", "frozen, ipo", ranks, **saving | {"max_steps": 5})
+    within = begin("zero2", "frozen, ipo", **saving | {"max_steps": 5})
     error = ""
     try:
         within.train(resume_from_checkpoint=str(folder / "checkpoint-2"))

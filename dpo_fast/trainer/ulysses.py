@@ -95,8 +95,8 @@ def group() -> Any:
 
 
 def prepare(accelerator: Any, args: Any, model: nn.Module) -> None:
-    """Called before DeepSpeed takes the model: its config names the rows of a micro-batch, 2P, and
-    its attention wraps the model's.
+    """Called before DeepSpeed takes the model: its config gets the rows of a micro-batch, 2P, and
+    the attention to wrap.
 
     Raises:
         ValueError: no DeepSpeed, micro-batches of varying size, or an attention that cannot be cut.
@@ -115,6 +115,7 @@ def prepare(accelerator: Any, args: Any, model: nn.Module) -> None:
     require_whole_evaluation()
     handler = parallel.sp_handler
     handler.sp_attn_implementation = choose_attention(model, handler.sp_attn_implementation)
+    # by this number of rows DeepSpeed's attention lays out what it exchanges
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 2 * args.per_device_train_batch_size
 
 
@@ -179,7 +180,7 @@ def undo_replication(*models: nn.Module | None) -> None:
         groups = config.num_attention_heads // config.num_key_value_heads
         for module in model.modules():
             if hasattr(module, "num_key_value_groups"):
-                module.num_key_value_groups = groups  # type: ignore[assignment]
+                module.num_key_value_groups = groups
 
 
 def choose_attention(model: nn.Module, asked: str | None) -> str:
@@ -215,7 +216,8 @@ def local_layers(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return ["sliding_attention"] if getattr(config, "sliding_window", None) else []
-    return sorted(set(kinds) - {"full_attention"})
+    # accelerate refuses linear attention, with any implementation
+    return sorted({kind for kind in kinds if "linear" not in kind} - {"full_attention"})
 
 
 def refuse_other_attention(reference: nn.Module, policy: nn.Module) -> None:

@@ -2,7 +2,8 @@
 
 Everything is accelerate's, transformers' and torch's but two things that need a GPU: FSDP2 is what
 :mod:`tests.distributed.fsdp_on_cpu` makes of it, and torch's ring attention is replaced by one that
-gathers keys and values (:mod:`tests.parallel.sequence_worker`).
+gathers keys and values (:mod:`tests.parallel.sequence_worker`). The cells run under DeepSpeed's
+``sp_size``, too (:mod:`tests.distributed.ulysses_cells`).
 """
 
 import tempfile

@@ -113,6 +113,7 @@ def model_with(implementation: str, **config: Any) -> Any:
 def test_the_attention_that_is_wrapped_is_the_models() -> None:
     assert ulysses.choose_attention(model_with("sdpa"), None) == "sdpa"
     assert ulysses.choose_attention(model_with("flash_attention_2"), "flash_attention_2")
+    assert ulysses.choose_attention(model_with("sdpa", layer_types=["full_attention"]), "sdpa")
     with pytest.raises(ValueError, match=r"attends by 'sdpa'.*'flash_attention_2'.*set"):
         ulysses.choose_attention(model_with("sdpa"), "flash_attention_2")
     with pytest.raises(ValueError, match=r"'eager' needs a mask of whole rows"):
@@ -162,6 +163,16 @@ def test_a_reference_in_eval_mode_attends_as_in_training() -> None:
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
     assert seen == [(True, 0.0)] * 2
+
+
+def test_key_value_heads_are_those_of_whole_rows_again() -> None:
+    model = tiny_model("llama")
+    modules = [layer.self_attn for layer in model.model.layers]
+    assert [module.num_key_value_groups for module in modules] == [2, 2]
+    for module in modules:
+        module.num_key_value_groups = 1  # as DeepSpeed leaves it
+    ulysses.undo_replication(model, None)
+    assert [module.num_key_value_groups for module in modules] == [2, 2]
 
 
 def test_an_evaluation_before_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

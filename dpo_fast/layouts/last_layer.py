@@ -30,6 +30,7 @@ from dpo_fast.models.tensor_parallel import is_dtensor
 _FEED_FORWARD = ("mlp", "feed_forward", "block_sparse_moe")
 _ATTENTION = ("self_attn", "attn", "attention")
 _PROJECTIONS = ("q_proj", "o_proj", "out_proj", "c_proj", "dense")
+_HOOKED = "_dpo_fast_scored_rows"
 # Above this share of scored rows, selecting them costs about what it saves.
 _WORTH = 0.9
 
@@ -38,29 +39,38 @@ _WORTH = 0.9
 def scored_rows_in_last_layer(model: nn.Module) -> Iterator[None]:
     """Inside, the last layer of ``model`` (any wrapper) leaves out what nobody reads.
 
-    A model of other structure is left as it is. The backward of a model with gradient checkpointing
-    runs the layer again: it belongs inside, too.
+    A model of other structure is left as it is, and so is one that is inside already. The backward
+    of a model with gradient checkpointing runs the layer again: it belongs inside, too.
     """
     layers = layer_list(model)
-    if not layers:
+    layer: Any = layers[-1] if layers else None
+    if layer is None or hasattr(layer, _HOOKED):
         yield
         return
-    current = _CurrentPass()
-    handles = [
-        layers[-1].register_forward_pre_hook(current.begin),
-        layers[-1].register_forward_hook(current.end, always_call=True),
-    ]
-    for attention in attentions(layers[-1]):
-        handles.append(attention.register_forward_pre_hook(current.attend, with_kwargs=True))
-    for part in position_wise_parts(layers[-1]):
-        narrowed = _NarrowedPart(current)
-        handles.append(part.register_forward_pre_hook(narrowed.narrow))
-        handles.append(part.register_forward_hook(narrowed.widen))
+    setattr(layer, _HOOKED, True)  # a copy of the layer has this, and copies of the hooks
+    handles = _hook(layer)
     try:
         yield
     finally:
+        delattr(layer, _HOOKED)
         for handle in handles:
             handle.remove()
+
+
+def _hook(layer: nn.Module) -> list[Any]:
+    """The handles of the hooks of a layer and its parts."""
+    current = _CurrentPass()
+    handles: list[Any] = [
+        layer.register_forward_pre_hook(current.begin),
+        layer.register_forward_hook(current.end, always_call=True),
+    ]
+    for attention in attentions(layer):
+        handles.append(attention.register_forward_pre_hook(current.attend, with_kwargs=True))
+    for part in position_wise_parts(layer):
+        narrowed = _NarrowedPart(current)
+        handles.append(part.register_forward_pre_hook(narrowed.narrow))
+        handles.append(part.register_forward_hook(narrowed.widen))
+    return handles
 
 
 def attentions(layer: nn.Module) -> list[nn.Module]:

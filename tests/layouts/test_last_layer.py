@@ -275,6 +275,18 @@ def test_a_model_that_runs_its_last_layer_again_gets_all_rows() -> None:
             assert torch.equal(found, expected) and runs == expected_runs
 
 
+def test_inside_twice_is_inside_once() -> None:
+    """A reference is, in a training whose layout has entered it and its own pass again."""
+    model = tiny_model("llama")
+    batch = collators()["packed"](AWKWARD)
+    with segment_attention_in(model, model), segment_attention_in(model):
+        found = rows_seen(model, batch)
+        with seen_by_parts(model) as seen:
+            forward_scored(model, batch, lambda hidden, head: hidden)
+    assert found["last mlp"] == {len(batch["token_index"])}
+    assert all(len(rows) == 1 for rows in seen.values())
+
+
 def test_hooks_are_gone_afterwards() -> None:
     model = tiny_model("llama")
     modules = list(model.modules())

@@ -9,7 +9,8 @@ import pytest
 import dpo_fast
 from dpo_fast.layouts import PackedCollator, SharedPrefixCollator
 from dpo_fast.models import SegmentsIgnored
-from tests.tiny import tiny_model
+from dpo_fast.models.layers import layer_list
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.trainer.cells import STRATEGIES, strategy_arguments
 from tests.trainer.parity import (
     Run,
@@ -194,3 +195,26 @@ def test_a_callers_collator_stays_padded(caplog: pytest.LogCaptureFixture) -> No
 def test_what_cannot_work_is_refused_at_construction(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(max_steps=1, **config)
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "adapter", "ema"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix"])
+def test_each_model_runs_its_layers_once(layout: str, strategy: str) -> None:
+    """Policy and reference, a forward each: a pass that had to run again would cost its time."""
+    arguments, shared, own = strategy_arguments(strategy)
+    config = config_kwargs(**{**shared, **own, "max_steps": 2, "batch_layout": layout})
+    trainer = dpo_fast.Trainer(
+        tiny_model("llama"),
+        arguments.get("ref_model"),
+        dpo_fast.DPOConfig(**config),
+        train_dataset=rows(),
+        processing_class=tiny_tokenizer(),
+        **arguments.get("trainer_kwargs", {}),
+    )
+    models = [trainer.model, getattr(trainer.reference, "module", None)]
+    layers = {list_[0] for list_ in (layer_list(m) for m in models if m is not None) if list_}
+    runs = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: runs.append(1))
+    trainer.train()
+    assert len(runs) == 2 * 2  # two steps, policy and reference
